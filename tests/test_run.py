@@ -1,0 +1,420 @@
+"""Runs of nvae.py, ncsn.py and ebm.py: files, checkpoints, stopping, errors, command line. What
+differs between them is in the tables; networks are tiny, samplers short, and their clock stands."""
+import csv, importlib, inspect, math, os, pty, re, resource, shlex, shutil, signal, subprocess, sys
+import traceback, types
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+import common
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["ncsn"]
+STEPS = 3  # an epoch: 52 images, 16 a step, 4 left out
+TIMES = {"seconds", "images/s"}
+FLAGS = """data subset epochs batch-size lr ema seed device amp compile out resume time-limit
+    sample-every generate evaluate"""  # of all scripts; the functions below are the same in all
+BOOKS = "die learning_rate update_ema save_checkpoint load_checkpoint plot write_log"
+TINY = {"ncsn": "--width 8 --mults 1,2 --blocks 1"}
+OTHER_SIZE = {"ncsn": ["--width 12", "--mults 1", "--blocks 2"]}
+PICTURES = {"ncsn": {"stages.png", "nearest.png"}}  # at the end of training
+SAMPLERS = {"ncsn": ["--sampler langevin", "--sampler consistent", "--sampler heun"]}
+MEASURES = {"ncsn": ("--bits-images 3", [  # flags, and what is printed how often
+    (r"^sigma +[\d.]+ +loss [\d.]+$", 17), (r"^bits/dim \d+\.\d+, .* 3 test images", 1)])}
+ALL_USES = {"ncsn": "--generate 1 --inpaint --interpolate --evaluate --bits-images 3"}
+ERRORS = {  # flags: what the line must name
+    "--epochs x": "--epochs", "--epochs 0": "--epochs", "--batch-size -1": "--batch-size",
+    "--lr nan": "--lr", "--time-limit -1": "--time-limit", "--nonsense": "--nonsense",
+    "--data missing": "missing", "--data empty": "empty", "--batch-size 53": "--batch-size",
+    "--subset 53": "53", "--device nonsense": "--device", "--out file/below": "file",
+    "--resume": "train first", "--generate 1": "train first", "--evaluate": "train first",
+    "--generate 0": "--generate", "--seed 99999999999999999999": "--seed",
+    **({} if torch.cuda.is_available() else {"--device cuda": "--device cuda"})}
+OWN_ERRORS = {"ncsn": {
+    "--sampler nonsense": "--sampler", "--freshness -1": "--freshness", "--blocks 0": "--blocks",
+    "--width 5": "--width", "--width 0": "--width", "--mults x": "--mults", "--mults 0": "--mults",
+    "--inpaint": "train first", "--interpolate": "train first"}}
+ALONE = {"ncsn": """
+levels, z = torch.logspace(1, -2, 5), torch.randn(2, 3, 32, 32)
+net = ncsn.ScoreNet(width=8, mults=(1, 2), blocks=1)
+before, optimizer = net(z, levels[0]), torch.optim.Adam(net.parameters())
+loss = ncsn.denoising_loss(net, ncsn.dequantise(torch.randint(256, (4, 3, 32, 32))),
+                           ncsn.sample_sigma(4, 0.5, 10), 0.5).mean()
+loss.backward()
+optimizer.step()
+assert loss.isfinite() and (net(z, levels[0]) != before).any()
+for x in (ncsn.langevin(net.score, 10 * z, levels, 0.1, 1),
+          ncsn.consistent(net.score, 10 * z, levels), ncsn.heun(net.score, 10 * z, levels)):
+    assert x.shape == z.shape and x.isfinite().all()
+"""}
+
+def shorten(module, monkeypatch):
+    """The samplers of a script, with few steps."""
+    if module.NAME == "ncsn":
+        levels = module.heun_levels
+        monkeypatch.setattr(module, "heun_levels", lambda top, count=12: levels(top, count // 4))
+        monkeypatch.setattr(module, "make_ladder", lambda top, dim: (
+            torch.logspace(math.log10(top), math.log10(module.SIGMA_MIN), 14), 0.06, 1))
+
+class Run:
+    """run("--flags") calls a script and returns its exit status. at[step] acts in a training step;
+    the clock moves a microsecond a look, or by an_hour(). peaks are the learning rates in use."""
+    def __init__(self, name, data, monkeypatch):
+        self.name, self.module = name, importlib.import_module(name)
+        self.tiny = f"--data {data} --batch-size 16 {TINY[name]} "
+        self.at, self.clock, self.peaks, rate = {}, 0.0, [], self.module.learning_rate
+
+        def learning_rate(step, total, peak):
+            self.peaks.append(peak)
+            changed = self.at.get(step, lambda: None)()
+            return rate(step, total, peak) if changed is None else changed
+
+        def now():
+            self.clock += 1e-6
+            return self.clock
+        monkeypatch.setattr(self.module, "learning_rate", learning_rate)
+        monkeypatch.setattr(self.module, "time", types.SimpleNamespace(time=now))
+        shorten(self.module, monkeypatch)
+
+    def main(self, flags):
+        self.module.main(shlex.split("--device cpu " + flags))
+
+    def __call__(self, flags):
+        try:
+            return self.main(flags) or 0
+        except SystemExit as stop:
+            return stop.code
+
+    def train(self, flags):
+        return self(self.tiny + flags)
+
+    def an_hour(self):
+        self.clock += 3600
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+def load(folder):
+    return torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+def differences(a, b, path=""):
+    """Where two checkpoints differ, in whatever does not measure time."""
+    if isinstance(a, list) and isinstance(b, list):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [found for key in {**a, **b} if key not in TIMES
+                for found in differences(a.get(key), b.get(key), f"{path}/{key}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [path]
+
+def log(folder):
+    return list(csv.DictReader(Path(folder, "log.csv").read_text().splitlines()))
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "shapes.npz"
+    (train, kinds), (test, test_kinds) = common.shapes(52, 0), common.shapes(12, 1)
+    np.savez(path, train=train, test=test, train_labels=kinds, test_labels=test_kinds)
+    return path
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def whole(request, data, tmp_path_factory):
+    """(script, folder) of a training run of two epochs without interruption."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert Run(request.param, data, monkeypatch).train(f"--epochs 2 --out {folder}") == 0
+    return request.param, folder
+
+@pytest.fixture
+def run(whole, data, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    yield Run(whole[0], data, monkeypatch)
+    signal.signal(signal.SIGINT, before)
+
+@pytest.fixture
+def trained(whole):
+    """The run of two epochs, copied into the folder r of the test."""
+    return Path(shutil.copytree(whole[1], "r"))
+
+# ---- files, stopping and going on ----
+
+def test_training_writes_its_files(run, trained):
+    assert set(files(trained)) == {
+        "checkpoint.pt", "log.csv", "curves.png", "samples_0002.png"} | PICTURES[run.name]
+    for path in trained.glob("*.png"):
+        assert len(np.unique(Image.open(path).convert("L"))) > 9, path  # a picture, not a blank
+    head, *rows = csv.reader((trained / "log.csv").read_text().splitlines())
+    assert head[0] == "epoch" and TIMES < set(head) and [row[0] for row in rows] == ["1", "2"]
+    assert all(math.isfinite(float(value)) for row in rows for value in row)
+    state = load(trained)
+    assert {"model", "args", "net", "ema", "optimizer", "epoch", "step", "random"} <= set(state)
+    assert (state["model"], state["epoch"], state["step"]) == (run.name, 2, 2 * STEPS)
+    assert state["args"]["epochs"] == 2 and state["args"]["batch_size"] == 16
+
+@pytest.mark.parametrize("limit, stops", [(1, [2]), (0, range(5))], ids=["an epoch", "each step"])
+def test_resuming_is_exact(run, whole, limit, stops):
+    for step in stops:
+        run.at[step] = run.an_hour
+        flags = "--resume" if step != stops[0] else f"{run.tiny} --epochs 2"
+        assert run(f"{flags} --time-limit {limit} --out r") == 0
+        assert load("r")["step"] == len(run.peaks) == step + 1
+    assert run("--resume --out r") == 0 and len(run.peaks) == 2 * STEPS
+    assert differences(load(whole[1]), load("r")) == []
+    assert differences(log(whole[1]), log("r")) == [] and len(log("r")) == 2
+    assert files(whole[1])["samples_0002.png"] == files("r")["samples_0002.png"]
+
+@pytest.mark.parametrize("why, status", [("time limit", 0), ("interrupted", 130)])
+def test_a_stopped_run_is_saved_and_says_how_to_go_on(run, capfd, why, status):
+    run.at[1] = interrupt if status else run.an_hour
+    assert run.train("--epochs 1 --time-limit 59.9 --out some/where") == status
+    text, errors = capfd.readouterr()
+    assert load("some/where")["step"] == len(run.peaks) == 2  # finished, not begun another
+    assert why in text and errors == ""
+    assert run(re.search("go on with (--resume .*)", text)[1]) == 0
+    assert load("some/where")["step"] == STEPS
+
+def test_a_second_interruption_does_not_wait(run, trained):
+    before = files(trained)
+    run.at[2 * STEPS] = lambda: (interrupt(), interrupt(), pytest.fail("went on"))
+    assert run("--resume --epochs 3 --out r") == 130 and files(trained) == before
+
+def test_full_disk_keeps_the_last_checkpoint(run, trained, dies):
+    before, limit = files(trained), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["checkpoint.pt"]) // 2, limit[1]))
+    try:  # no file may grow longer: the error is that of a full disk, but for its text
+        line = dies(run.main, "--resume --epochs 3 --out r")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "--resume" in line and files(trained) == before  # and nothing is left over
+
+def test_kill_while_saving_keeps_the_last_checkpoint(run, trained):
+    """By the system, without a word, when the file has half its length."""
+    before = (trained / "checkpoint.pt").read_bytes()
+    code = f"""import resource, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import {run.name}
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2}))
+{run.name}.main("--device cpu --resume --epochs 3 --time-limit 0 --out r".split())"""
+    killed = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True)
+    assert killed.returncode == -signal.SIGXFSZ
+    assert [path for path in trained.iterdir() if path.stat().st_size == len(before) // 2]
+    assert (trained / "checkpoint.pt").read_bytes() == before
+    assert run("--resume --epochs 3 --out r") == 0 and load("r")["epoch"] == 3
+
+@pytest.mark.parametrize("then", [lambda: None, interrupt], ids=["epoch ends", "interrupted"])
+def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run, trained, dies, then):
+    before = files(trained)
+    run.at = {6: lambda: math.nan, 7: then}  # that rate makes all weights and the next loss nan
+    line = dies(run.main, "--resume --epochs 3 --out r")
+    assert re.search(r"loss\b.*not finite at step 7\b", line) and "--lr" in line
+    assert files(trained) == before
+
+# ---- flags and errors ----
+
+@pytest.mark.parametrize("whole, flags, named", indirect=["whole"], argvalues=[
+    (name, *item) for name in SCRIPTS for item in {**ERRORS, **OWN_ERRORS[name]}.items()])
+def test_errors_take_one_line(run, dies, flags, named):
+    Path("empty").mkdir()
+    Path("file").write_text("in the way")
+    assert named in dies(run.main, f"{run.tiny} --epochs 1 --out r {flags}")
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "list", "another"])
+def test_a_checkpoint_that_cannot_be_used(run, trained, dies, damage):
+    path, state = trained / "checkpoint.pt", load("r")
+    content = {"cut": path.read_bytes()[:9999], "empty": b"", "garbage": b"garbage" * 99}
+    if damage in content:
+        path.write_bytes(content[damage])
+    else:
+        torch.save([1, 2] if damage == "list" else {**state, "model": "another"}, path)
+    before = files(trained)
+    for use in ("--resume", "--generate 1", "--evaluate"):
+        line = dies(run.main, f"{use} --out r")
+        assert "checkpoint.pt" in line and "train first" in line and "--out" in line
+        assert damage != "another" or damage in line
+    assert files(trained) == before
+
+def test_a_run_is_not_overwritten_or_changed_in_size(run, trained, dies):
+    before = files(trained)
+    line = dies(run.main, f"{run.tiny} --out r")
+    assert "--resume" in line and "--out" in line
+    both = [(use, flags) for use in ("--resume", "--generate 1") for flags in OTHER_SIZE[run.name]]
+    for use, flags in [*both, ("--resume", "--batch-size 8")]:
+        assert flags.split()[0] in dies(run.main, f"{use} --out r {flags}")
+    assert files(trained) == before
+
+def test_flags_not_given_come_from_the_checkpoint(run):
+    flags = "--epochs 2 --lr 0.002 --seed 5 --time-limit 0 --sample-every 1"
+    assert run.train(f"{flags} --out r") == 0 and run("--resume --out r") == 0
+    args = load("r")["args"]
+    assert run.peaks == [0.002] * 2 * STEPS and args["seed"] == 5 and args["epochs"] == 2
+    assert Path("r/samples_0001.png").exists()
+    assert run("--resume --epochs 3 --lr 0.001 --sample-every 9 --out r") == 0  # flags given win
+    assert load("r")["epoch"] == len(log("r")) == 3 and run.peaks[2 * STEPS:] == [0.001] * STEPS
+    assert load("r")["args"] == {**args, "epochs": 3, "lr": 0.001, "sample_every": 9}
+
+# ---- samples and measures ----
+
+def test_samples_come_from_the_averaged_weights(run, trained):
+    def samples(**changed):
+        torch.save({**state, **changed}, trained / "checkpoint.pt")
+        assert run("--generate 2 --out r") == 0
+        return files("r/generated")
+    state = load("r")
+    net, ema = ({k: v + c for k, v in state[key].items()}
+                for key, c in (("net", math.nan), ("ema", 0.1)))
+    assert samples() == samples(net=net) != samples(ema=ema)
+
+def test_generating_writes_as_many_files_as_asked(run, trained):
+    before, found = files(trained), {}
+    for flags in ("", "--seed 0", "--seed 1", *SAMPLERS[run.name]):
+        assert run(f"--generate 5 --out r {flags}") == 0
+        names, found[flags] = zip(*sorted(files("r/generated").items()), strict=True)
+        assert list(names) == [f"{i:05d}.png" for i in range(5)]
+        assert len(set(found[flags])) == 5
+    assert found[""] == found["--seed 0"] and not {*found[""]} & {*found["--seed 1"]}
+    assert len({*found.values()}) == 2 + len(SAMPLERS[run.name]) - 1  # "" is one of them
+    assert run(f"--generate 259 --out r {flags}") == 0  # more than a batch
+    assert sorted(files("r/generated")) == [f"{i:05d}.png" for i in range(259)]
+    assert len(set(files("r/generated").values())) == 259
+    assert files(trained) == {**before, "generated.png": Path("r/generated.png").read_bytes()}
+
+def test_evaluation_prints_its_measures(run, trained, capfd):
+    before, (flags, lines) = (trained / "checkpoint.pt").read_bytes(), MEASURES[run.name]
+    assert run(f"--evaluate --out r {flags}") == 0
+    text, errors = capfd.readouterr()
+    assert errors == "" and (trained / "checkpoint.pt").read_bytes() == before
+    for pattern, count in lines:
+        assert len(re.findall(pattern, text, re.M)) == count, (pattern, text)
+
+@pytest.mark.parametrize("whole", ["ncsn"], indirect=True)
+def test_ncsn_inpaints_and_interpolates(run, trained, data, monkeypatch):
+    grids, save_grid = {}, common.save_grid
+    monkeypatch.setattr(common, "save_grid", lambda images, path, *rest, **options: (
+        grids.__setitem__(Path(path).name, images), save_grid(images, path, *rest, **options)))
+    assert run("--inpaint --interpolate --out r") == 0
+    assert {"inpaint.png", "interpolate.png", "checkpoint.pt"} < set(files(trained))
+    assert grids["interpolate.png"].shape == (64, 3, 32, 32)
+    assert len(grids["interpolate.png"].unique(dim=0)) == 64
+    rows = torch.from_numpy(common.to_bytes(grids["inpaint.png"])).int().unflatten(0, (6, 8))
+    away = (rows - torch.from_numpy(np.load(data)["test"][:6, None])).abs()
+    hidden = torch.zeros(32, 32, dtype=torch.bool)
+    hidden[8:24, 8:24] = True
+    assert away[:, 0].max() <= 1 and away[:, :, ~hidden].max() <= 1  # the known pixels are kept
+    assert all(len(row[2:, hidden].unique(dim=0)) == 6 for row in rows)  # six ways to complete it
+
+def test_few_images_are_enough(run):
+    np.savez("few.npz", train=common.shapes(6, 0)[0], train_labels=np.zeros(6, np.uint8),
+             test=common.shapes(2, 1)[0], test_labels=np.zeros(2, np.uint8))
+    assert run.train("--data few.npz --batch-size 3 --epochs 1 --out r") == 0
+    assert run(f"{ALL_USES[run.name]} --out r") == 0
+
+# ---- one script alone, its speed, and what it prints ----
+
+def test_a_script_works_alone_in_an_empty_folder(run):
+    shutil.copy(ROOT / f"{run.name}.py", ".")
+    code = f"import sys, torch; sys.path.insert(0, ''); import {run.name}\n{ALONE[run.name]}"
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+def test_help_is_quick_and_whole(run):
+    def seconds():  # of the processor, for the machine may be busy
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before, script = seconds(), str(ROOT / f"{run.name}.py")
+    command = [sys.executable, "-X", "importtime", script, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and seconds() - before < 4
+    imported = set(re.findall(r"\| +([\w.]+)$", result.stderr, re.M))
+    assert "torch" in imported and not imported & {"matplotlib", "PIL", "torchvision", "common"}
+    # A module can import tqdm unseen, as torch itself does where it finds it.
+    assert not re.search("^(import|from) tqdm", Path(script).read_text(), re.M)
+    flags = {name.replace("_", "-") for name in vars(run.module.parse([])[0])}
+    assert set(FLAGS.split()) <= flags
+    for flag in flags:
+        assert re.search(rf"^  --{flag}\b.*(  |\n {{9,}})\w+", result.stdout, re.M), flag
+
+def test_training_steps_read_nothing_back(run, monkeypatch):
+    """For each read waits for the device. Looks at steps inside an epoch, not at its end."""
+    reads, step = [], [STEPS - 1]
+
+    def count(name):  # but the optimiser's counts, which are on the CPU
+        if step[0] % STEPS != STEPS - 1 and "torch/optim" not in str(traceback.extract_stack()):
+            reads.append((step[0], name))
+
+    class Watch(TorchDispatchMode):  # of item, bool, float, nonzero, masks
+        def __torch_dispatch__(self, operation, kinds, arguments=(), options=None):
+            name = operation.overloadpacket.__name__
+            masks = arguments[1] if name in ("index", "index_put_", "_index_put_impl_") else []
+            if any(m is not None and m.dtype == torch.bool for m in masks) or name in (
+                    "_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"):
+                count(name)
+            return operation(*arguments, **options or {})
+    for name in ("tolist", "cpu", "numpy"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *rest, name=name, method=method, **options: (
+            count(name), method(*rest, **options))[1])
+    for k in range(2 * STEPS):
+        run.at[k] = lambda k=k: step.__setitem__(0, k)
+    with Watch():
+        assert run.train("--epochs 2 --out r") == 0
+    assert len(run.peaks) == 2 * STEPS and not reads, reads
+
+@pytest.mark.parametrize("terminal, disable", [(True, ""), (True, "1"), (False, "")])
+def test_progress_is_shown_on_a_terminal_unless_disabled(run, monkeypatch, terminal, disable):
+    monkeypatch.setenv("TQDM_DISABLE", disable)
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as screen, open("errors", "w") as file:
+        monkeypatch.setattr(sys, "stderr", screen if terminal else file)
+        assert run.train("--epochs 1 --time-limit 0 --out r") == 0
+        print("end", file=sys.stderr, flush=True)
+        text = os.read(ours, 9999) if terminal else Path("errors").read_bytes()
+    assert text.startswith(b"end") != (terminal and not disable), text
+
+# ---- the repository ----
+
+def test_commands_of_the_readme_parse(monkeypatch):
+    text = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.S | re.M)
+    if not blocks:
+        pytest.skip("README.md has no code yet")
+    parts = re.split(r"&&|;|\||\n", "".join(blocks).replace("\\\n", " "))
+    found = [re.match(r"\s*(?:\w+=\S* )*python (nvae|ncsn|ebm|common)\.py\b(.*)", p) for p in parts]
+    commands = [(m[1], shlex.split(m[2], comments=True)) for m in found if m]
+
+    def parsed(*_):
+        raise InterruptedError
+    monkeypatch.setattr(common, "read", parsed)
+    for name, flags in commands:
+        module = importlib.import_module(name)
+        if name == "common":
+            monkeypatch.setattr(sys, "argv", ["common.py", *flags])
+            with pytest.raises(InterruptedError):
+                common.main()
+        else:
+            known = vars(module.parse([])[0])
+            state = {"args": {key: known[key] for key in module.KEPT}}
+            monkeypatch.setattr(module, "load_checkpoint", lambda path, state=state: state)
+            module.parse(flags)
+    assert commands
+
+def test_requirements_are_five():
+    names = re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.M)
+    assert sorted(names) == ["matplotlib", "numpy", "torch", "torchvision", "tqdm"]
+
+@pytest.mark.parametrize("name", BOOKS.split())
+def test_the_scripts_keep_their_books_alike(name):
+    """Passes trivially as long as there is one script."""
+    modules = [importlib.import_module(script) for script in ("nvae", "ncsn", "ebm")
+               if (ROOT / f"{script}.py").exists()]
+    assert len({inspect.getsource(getattr(module, name)) for module in modules}) == 1
+
+@pytest.mark.parametrize("name, most", dict(nvae=550, ncsn=500, ebm=450, common=170).items())
+def test_a_script_is_short(name, most):
+    path = ROOT / f"{name}.py"
+    lines = path.read_text().splitlines() if path.exists() else [""]
+    assert len(lines) <= most and max(map(len, lines)) <= 100
