@@ -138,7 +138,7 @@ def export(images, folder, start=0):
     """Writes images as folder/00000.png and on, counted from start; 0 removes those of before."""
     from PIL import Image
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for old in Path(folder).glob("[0-9]" * 5 + "*.png") if start == 0 else []:
+    for old in Path(folder).glob("[0-9]" * 5 + ".png") if start == 0 else []:
         old.unlink()
     for i, image in enumerate(to_bytes(images), start):
         Image.fromarray(image).save(Path(folder, f"{i:05d}.png"))

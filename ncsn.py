@@ -2,16 +2,16 @@
 
 The score of a density p is grad_x log p(x), the direction in which an image becomes more likely.
 Real images fill so little of pixel space that their own score is undefined nearly everywhere. Song
-& Ermon (2019, arXiv:1907.05600; 2020, arXiv:2006.09011) blur them with Gaussian noise of many sizes
-sigma and learn the score of every blurred density p_sigma with one network. Sampling starts in pure
-noise and follows the scores while sigma falls along a ladder of levels, until an image is left.
+& Ermon (2019, arXiv:1907.05600; 2020, arXiv:2006.09011) add Gaussian noise of many sizes sigma,
+which blurs the density to p_sigma, and learn the scores of all p_sigma with one network. Sampling
+starts in pure noise and follows the scores while sigma falls from level to level of a ladder.
 
 Training is denoising score matching: for y = x + sigma z, z ~ N(0, I), the best denoiser D in
 squared error is the posterior mean E[x | y], and it gives the score (Tweedie's formula):
-    loss = E w(sigma) |D(y, sigma) - x|^2 / dim      score(y, sigma) = (D(y, sigma) - y) / sigma^2
-NCSN's network F gives the score as F(y) / sigma, so D = y + sigma F(y): at large sigma F must find
-the noise to a fine fraction, or its error times sigma drowns the image. Karras et al. (2022,
-arXiv:2206.00364) keep input and target of F at unit variance, which makes short runs work. With
+    loss = mean w(sigma) (D(y, sigma) - x)^2         score(y, sigma) = (D(y, sigma) - y) / sigma^2
+NCSN's network F gives the score as F(y) / sigma, so D = y + sigma F(y): its error is sigma times
+that of F, and at large sigma a small error of F drowns the image. Karras et al. (2022,
+arXiv:2206.00364) keep input and target of F at unit mean square, which makes short runs work. With
 sigma_data the root mean square of the images and r^2 = sigma^2 + sigma_data^2,
     D(y, sigma) = c_skip y + c_out F(c_in y, ln sigma)        w = 1 / c_out^2
     c_skip = sigma_data^2 / r^2       c_out = sigma sigma_data / r       c_in = 1 / r
@@ -19,29 +19,22 @@ NCSN is the case c_skip = 1, c_out = sigma, c_in = 1. Either way F = 0 has loss 
 
 Sampling over levels sigma_1 > ... > sigma_L in a fixed ratio gamma = sigma_i / sigma_(i+1):
     langevin    T steps a level of x += a score(x, sigma_i) + sqrt(2 a) z,  a = step sigma_i^2
-    consistent  one step a level, the share of fresh noise a knob: none ... ancestral sampling
+    consistent  one step a level; freshness 0 adds no noise, freshness 1 is ancestral sampling
     heun        the ODE dx/dsigma = -sigma score(x, sigma) (probability flow), without fresh noise
-
-    python ncsn.py --epochs 50                train on CIFAR-10 with one GPU, files in runs/ncsn
-    python ncsn.py --generate 1000            PNG files and a grid from the trained weights
-    python ncsn.py --evaluate                 loss by noise level, bits/dim
-    python ncsn.py --inpaint --interpolate    more pictures
-Differences from the papers: U-Net instead of RefineNet, preconditioned; sigma from a continuum;
-ladder computed from the images at hand; EMA and learning rate tied to the length of the run.
-Notation: B batch, C channels, H W pixels, L levels; images are float (B, 3, 32, 32) in [-1, 1].
-"""
+    python ncsn.py --epochs 50                                train on CIFAR-10, files in runs/ncsn
+    python ncsn.py --generate 1000                            PNG files, from the trained weights
+    python ncsn.py --evaluate --inpaint --interpolate         loss by sigma, bits/dim, pictures
+Not as in the papers: U-Net, continuous sigma, ladder from the images, EMA as a share of the run.
+Notation: B batch, C channels, H W pixels, L levels; images are float (B, 3, 32, 32) in [-1, 1]."""
 import argparse, copy, math, os, signal, sys, time
 from itertools import pairwise
 from pathlib import Path
 import torch
 from torch import nn
-from torch.nn import functional
-
 NAME = "ncsn"
-
 # ---------------------------------------------------------------------------------------- network
 def norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)  # 4 channels or more each
 
 class Block(nn.Module):
     """Residual block told the noise level: (B, cin, H, W), (B, E) -> (B, cout, H, W)."""
@@ -51,17 +44,15 @@ class Block(nn.Module):
         self.modulate = nn.Linear(embedding, 2 * cout)
         self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        self.attention = attention
         if attention:
             self.norm3, heads = norm(cout), max(1, cout // 64)
             self.attend = nn.MultiheadAttention(cout, heads, batch_first=True)
-
     def forward(self, x, embedding):
-        h = self.conv1(functional.silu(self.norm1(x)))
+        h = self.conv1(nn.functional.silu(self.norm1(x)))
         gain, bias = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(functional.silu(self.norm2(h) * (1 + gain) + bias))
-        x = (self.skip(x) + h) / math.sqrt(2)
-        if self.attention:  # every pixel looks at all others
+        h = self.conv2(nn.functional.silu(self.norm2(h) * (1 + gain) + bias))
+        x = (self.skip(x) + h) / math.sqrt(2)  # the sum keeps its variance
+        if hasattr(self, "attend"):  # every pixel looks at all others
             h = self.norm3(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
             h = self.attend(h, h, h, need_weights=False)[0].transpose(1, 2)
             x = (x + h.reshape(x.shape)) / math.sqrt(2)
@@ -69,8 +60,7 @@ class Block(nn.Module):
 
 class ScoreNet(nn.Module):
     """The denoiser D(x, sigma) and its score, both shaped like x; sigma is a tensor () or (B,).
-    The U-Net F has width * mults channels at 32x32, 16x16, 8x8, ... and `blocks` blocks each way.
-    """
+    U-Net F: width * mults channels at 32x32, 16x16, ..., `blocks` blocks down and up at each."""
     def __init__(self, sigma_data=0.5, sigma_max=100.0, amp=False,
                  width=128, mults=(1, 2, 2), blocks=3):
         super().__init__()
@@ -81,22 +71,21 @@ class ScoreNet(nn.Module):
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(nn.ModuleList(
             Block(c if i else above, c, emb, attention=level == 1) for i in range(blocks))
-            for level, (above, c) in enumerate(zip(widths[:1] + widths, widths, strict=False)))
+            for level, (above, c) in enumerate(zip(widths[:1] + widths[:-1], widths, strict=True)))
         self.middle = Block(widths[-1], widths[-1], emb, attention=True)
         self.up = nn.ModuleList(nn.ModuleList(  # attention is dear: here only the last block has it
             Block(c + (c if i else below), c, emb, level == 1 and i == last) for i in range(blocks))
             for level, (c, below) in enumerate(zip(widths, widths[1:] + widths[-1:], strict=True)))
         self.out = nn.Sequential(norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1))
-        for name, parameter in self.named_parameters():  # F and what blocks add to their skips
-            if any(last in name for last in ("out.2.", "conv2.", "out_proj.")):  # start at zero
+        for name, parameter in self.named_parameters():  # F starts as zero, a block as its skip
+            if any(end in name for end in ("out.2.", "conv2.", "out_proj.")):
                 nn.init.zeros_(parameter)
-
     def F(self, x, ln_sigma):
         angles, skips = ln_sigma[:, None] * self.frequencies, []
         emb = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))
         h = self.stem(x)
         for level, blocks in enumerate(self.down):
-            h = functional.avg_pool2d(h, 2) if level else h
+            h = nn.functional.avg_pool2d(h, 2) if level else h
             for block in blocks:
                 h = block(h, emb)
                 skips.append(h)
@@ -104,53 +93,43 @@ class ScoreNet(nn.Module):
         for level, blocks in reversed(list(enumerate(self.up))):
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
-            h = functional.interpolate(h, scale_factor=2.0) if level else h
+            h = nn.functional.interpolate(h, scale_factor=2.0) if level else h
         return self.out(h)
-
     def forward(self, x, sigma):
         s = sigma.float().reshape(-1, 1, 1, 1)
         r = (s**2 + self.sigma_data**2).sqrt()
-        y = (x / r).contiguous(memory_format=torch.channels_last)
         # bf16 for F only: the score divides by sigma^2, which magnifies rounding.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            f = self.F(y, s.log().flatten().expand(len(x))).float()
-        return (self.sigma_data / r) ** 2 * x + s * self.sigma_data / r * f
-
+            f = self.F(x / r, s.log().flatten().expand(len(x))).float()
+        return (self.sigma_data / r) ** 2 * x + s * self.sigma_data / r * f  # c_skip x + c_out f
     def score(self, x, sigma):
         return (self(x, sigma) - x) / sigma.float().reshape(-1, 1, 1, 1) ** 2
-
 # ----------------------------------------------------------------------------------- noise levels
-SIGMA_MIN = 2 / 256 / math.sqrt(12)  # std of rounding to 256 values: less noise says nothing
-
+SIGMA_MIN = 2 / 256 / math.sqrt(12)  # std within one of the 256 bins: finer noise is lost
 def measure(images):
     """(sigma_data, sigma_max) of uint8 images (N, C, H, W), in units of pixels in [-1, 1].
     sigma_max is the largest distance of two images, so that chains can walk from any to any (2020,
-    technique 1): one of the pair lies far from the mean, so the 500 farthest are tried with all.
-    """
+    technique 1). To spare time only the 500 images farthest from the mean are tried with all."""
     x = images.flatten(1) / 127.5 - 1
     far = x[(x - x.mean(0)).norm(dim=1).topk(min(500, len(x))).indices]
     return x.square().mean().sqrt().item(), torch.cdist(far, x).max().item()
 
 def make_ladder(sigma_max, dim, sigma_min=SIGMA_MIN, overlap=0.5):
     """Levels (L,) from sigma_max down to sigma_min, Langevin step and T, for images of dim numbers.
-    Neighbours share `overlap` of their mass (2020, technique 2): |sigma z| being close to
-    N(sqrt(dim) sigma, sigma^2 / 2), their ratio gamma solves Phi(d + 3 gamma) - Phi(d - 3 gamma) =
-    overlap with d = sqrt(2 dim) (gamma - 1).
-    """
-    gamma = torch.linspace(1, 3, 2_000_001, dtype=torch.float64)
-    d, phi = math.sqrt(2 * dim) * (gamma - 1), torch.special.ndtr
-    gamma = gamma[phi(d + 3 * gamma) - phi(d - 3 * gamma) >= overlap].max().item()
+    |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2). Of its mass at each level `overlap` lies
+    within 3 std of the level above (2020, technique 2), at most 3 times as loud: with Phi the
+    normal CDF, 1 - Phi(d - 3 gamma) = overlap for d = sqrt(2 dim) (gamma - 1)."""
+    root, q = math.sqrt(2 * dim), torch.special.ndtri(torch.tensor(overlap)).item()
+    gamma = (root - q) / max(root - 3, (root - q) / 3)
     count = math.ceil(math.log(sigma_max / sigma_min) / math.log(gamma)) + 1
     levels = torch.logspace(math.log10(sigma_max), math.log10(sigma_min), count)
     return levels, *langevin_settings(gamma)
-
 def langevin_settings(gamma, excess=0.06):
     """(step, T), the fewest steps T that bring a level's variance within `excess` of its due.
-    With b = 2 step / (1 - (1 - step)^2), T steps from the variance of the level before end at
-    (1 - step)^(2 T) (gamma^2 - b) + b times sigma_i^2 (2020, technique 4).
-    """
+    If all images were 0, a step would be x = (1 - step) x + sqrt(2 step) sigma_i z; T turn variance
+    gamma^2 into (1 - step)^(2 T) (gamma^2 - b) + b, times sigma_i^2 (2020, technique 4)."""
     step = torch.logspace(-4, -0.01, 20000, dtype=torch.float64)
-    b, steps, error = 2 * step / (1 - (1 - step) ** 2), 0, torch.ones(1)
+    b, steps, error = 2 / (2 - step), 0, torch.ones(1)
     while error.min() > excess:
         steps += 1
         error = ((1 - step) ** (2 * steps) * (gamma**2 - b) + b - 1).abs()
@@ -158,31 +137,22 @@ def langevin_settings(gamma, excess=0.06):
 
 def sample_sigma(count, sigma_data, sigma_max, generator=None, device=None):
     """One sigma an image, (count,), each from its own 1/count of the distribution (stratified).
-    ln sigma is logistic about 0.6 sigma_data, where noise turns into shapes: below, it drowns in
-    texture, above, only the mean colour is left to guess. The heavy tails cover the whole ladder.
-    """
+    ln sigma is logistic, of scale 0.7 about ln(0.6 sigma_data), where shapes are decided: less
+    noise hides only texture, more leaves only the mean colour. Its tails cover the whole ladder."""
     u = torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)
-    u = (u / count).clamp(1e-6, 1 - 1e-6)
-    return (0.6 * sigma_data * (u / (1 - u)) ** 0.7).clamp(SIGMA_MIN, sigma_max)
-
+    return (0.6 * sigma_data * (u / (count - u)) ** 0.7).clamp(SIGMA_MIN, sigma_max)
 # ------------------------------------------------------------------------------------------- loss
 def dequantise(images, generator=None):
     """uint8 -> float in [-1, 1), evenly over the bin of each value, which is 2/256 wide."""
-    noise = torch.rand(images.shape, generator=generator, device=images.device)
-    return (images + noise) / 128 - 1
-
+    return (images + torch.rand(images.shape, generator=generator, device=images.device)) / 128 - 1
 def quantise(x):
     """Float -> uint8, the bin that x lies in."""
     return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
-
 def denoising_loss(denoise, x, sigma, sigma_data, generator=None):
-    """w(sigma) |D(x + sigma z, sigma) - x|^2 / dim of each image: (B, C, H, W), (B,) -> (B,).
-    It is NCSN's sigma^2 |score + z / sigma|^2 / dim, times 1 + sigma^2 / sigma_data^2.
-    """
+    """Loss of each image, (B, C, H, W), (B,) -> (B,): NCSN's times 1 + sigma^2 / sigma_data^2."""
     z = torch.randn(x.shape, generator=generator, device=x.device)
     error = denoise(x + sigma[:, None, None, None] * z, sigma) - x
     return (1 / sigma**2 + 1 / sigma_data**2) * error.square().flatten(1).mean(1)
-
 # --------------------------------------------------------------------------------------- samplers
 # Each takes any score(x, sigma), starts from x = sigma_1 z (B, ...), walks down the levels (L,) and
 # ends with the denoising step x + sigma_L^2 score = D(x, sigma_L). After every step x becomes
@@ -200,9 +170,8 @@ def langevin(score, x, levels, step, steps, generator=None, hook=lambda x, sigma
 @torch.no_grad()
 def consistent(score, x, levels, freshness=1.0, generator=None, hook=lambda x, sigma: x):
     """Consistent annealed sampling (Jolicoeur-Martineau et al. 2020, arXiv:2009.05475).
-    Each step leaves noise of just the next level. Of it freshness 0 renews none (Euler's method on
-    the probability flow) and 1 as much as reversing the diffusion does (ancestral sampling).
-    """
+    A step shrinks the noise to ratio^freshness of the next level and fills up with fresh noise:
+    none at freshness 0 (Euler on the probability flow), ancestral sampling at 1."""
     for sigma, following in pairwise(levels):
         ratio, z = following / sigma, torch.randn(x.shape, generator=generator, device=x.device)
         x = x + (1 - ratio ** (1 + freshness)) * sigma**2 * score(x, sigma)
@@ -211,8 +180,7 @@ def consistent(score, x, levels, freshness=1.0, generator=None, hook=lambda x, s
 
 def heun_levels(sigma_max, count=18, sigma_min=SIGMA_MIN, rho=7):
     """(count,), fp64, denser towards sigma_min (Karras et al. 2022, equation 5)."""
-    t = torch.linspace(0, 1, count, dtype=torch.float64)
-    return ((1 - t) * sigma_max ** (1 / rho) + t * sigma_min ** (1 / rho)) ** rho
+    return torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), count, dtype=float) ** rho
 
 @torch.no_grad()
 def heun(score, x, levels, hook=lambda x, sigma: x, denoise=True):
@@ -227,11 +195,10 @@ def heun(score, x, levels, hook=lambda x, sigma: x, denoise=True):
     return hook(x, 0 * following).float()
 
 def bits_per_dim(score, x, levels, generator=None):
-    """Bits/dim (B,) of dequantised x under the probability flow; 128 levels err by about -0.01.
+    """Bits a code needs per dequantised number of x, (B,), under the probability flow.
     The flow carries x up from sigma_L to sigma_1, where its density is N(0, sigma_1^2 I). On the
-    way log p changes by the integral of the divergence of dx/dsigma (Song et al. 2021,
-    arXiv:2011.13456, equation 39), estimated as v . J v with one random sign vector v (Hutchinson).
-    """
+    way log p falls by the integral of the divergence of dx/dsigma (Song et al. 2021,
+    arXiv:2011.13456, equation 39), estimated as v . J v for one vector v of random signs."""
     v = torch.randint(0, 2, x.shape, generator=generator, device=x.device) * 2.0 - 1
     levels, divergences = levels.flip(0), []  # two for each step of heun()
     @torch.enable_grad()
@@ -240,26 +207,22 @@ def bits_per_dim(score, x, levels, generator=None):
         (vj,) = torch.autograd.grad((s * v).sum(), x)
         divergences.append(-sigma * (vj * v).flatten(1).sum(1))
         return s.detach()
-    end, top, dim = heun(watched, x, levels, denoise=False), levels[-1], x[0].numel()
+    end = heun(watched, x, levels, denoise=False)
     gain = (levels.diff().repeat_interleave(2)[:, None] / 2 * torch.stack(divergences)).sum(0)
-    square = (end / top).square().flatten(1).sum(1)
-    log_p = gain - square / 2 - dim / 2 * math.log(2 * math.pi * top**2)
-    return 7 - log_p / (dim * math.log(2))  # 7, because the bins are 2^-7 wide
-
+    log_p = gain + torch.distributions.Normal(0, levels[-1]).log_prob(end).flatten(1).sum(1)
+    return 7 - log_p / (x[0].numel() * math.log(2))  # 7, because the bins are 2^-7 wide
 # ----------------------------------------------------------------------------------- bookkeeping
 def die(message):
     """Bad input: one line on stderr, exit status 2."""
     print("error:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(2)
-
 def learning_rate(step, total, peak):
-    """Linear warm-up over 5 % of the run, at most 500 steps, then half a cosine down to 0."""
+    """Half a cosine from peak to 0 under a linear warm-up of 5 % of the run, at most 500 steps."""
     warmup = min(500, max(1, total // 20))
     return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
-
 @torch.no_grad()
 def update_ema(ema, net, step, half_life):
-    """Average the weights, half-life in steps; a young run is averaged over its own length."""
+    """Average the weights, half-life in steps; in a young run over about its last tenth."""
     decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
@@ -272,7 +235,6 @@ def save_checkpoint(path, state):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
 def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -290,22 +252,17 @@ def plot(path, x, lines, **axis):
     axes.plot(x, torch.tensor(list(lines.values())).T, marker=".", label=list(lines))
     axes.legend()
     axes.figure.savefig(path)
-
 def write_log(rows, folder):
     """log.csv, a row an epoch, and its losses as curves.png."""
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    lines = [columns, *zip(*columns.values(), strict=True)]
+    lines = [rows[0], *(row.values() for row in rows)]
     (folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-    losses = {key: values for key, values in columns.items() if "loss" in key}
-    plot(folder / "curves.png", columns["epoch"], losses, xlabel="epoch")
-
+    losses = {key: [row[key] for row in rows] for key in rows[0] if "loss" in key}
+    plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
 # ------------------------------------------------------------------------------------------ train
 def build(args, sigmas, device):
     torch.manual_seed(args.seed)
     net = ScoreNet(*sigmas, args.amp, width=args.width, mults=args.mults, blocks=args.blocks)
     return net.to(device, memory_format=torch.channels_last)
-
-@torch.no_grad()
 def test_loss(net, images, sigma=None):
     """Mean loss of uint8 images with fixed noise, as in training or at the one sigma given."""
     g, total = torch.Generator(images.device).manual_seed(0), 0.0
@@ -337,17 +294,16 @@ def train(args, state, device, out):
         losses[: len(state["losses"])] = state["losses"].to(device)
     if args.compile:
         net.F, ema.F = torch.compile(net.F), torch.compile(ema.F)
-    levels, a, turns = make_ladder(sigmas[1], images[0].numel())
+    levels, share, turns = make_ladder(sigmas[1], images[0].numel())
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
-          f", step {step} of {total} on {device}{', bf16' * args.amp}; sigma {sigmas[1]:.1f} to "
-          f"{SIGMA_MIN:.4f}, {len(levels)} levels, {turns} Langevin steps of {a:.4f} sigma^2 each")
+          f", step {step} of {total} on {device}{', bf16' * args.amp}; {len(levels)} levels, sigma "
+          f"{sigmas[1]:.1f} to {SIGMA_MIN:.4f}, {turns} Langevin steps of {share:.4f} sigma^2 each")
     out.mkdir(parents=True, exist_ok=True)
     def save():
         save_checkpoint(out / "checkpoint.pt", {
             "args": {key: getattr(args, key) for key in KEPT}, "sigmas": sigmas, "rows": rows,
             "epoch": step // steps, "step": step, "seconds": seconds, "random": g.get_state(),
-            "losses": losses[: step % steps].clone(),
-            **{key: part.state_dict() for key, part in parts.items()}})
+            "losses": losses, **{key: part.state_dict() for key, part in parts.items()}})
     stop = []  # why, once there is a reason; a second Ctrl-C does not wait for the end of the step
     signal.signal(signal.SIGINT, lambda *signal_and_frame: (
         signal.default_int_handler(*signal_and_frame) if stop else stop.append("interrupted")))
@@ -356,8 +312,7 @@ def train(args, state, device, out):
     while step < total and not stop:
         tick, first = time.time(), step
         for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, args.lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr)
             sigma = sample_sigma(size, *sigmas, g, device)
             loss = denoising_loss(net, dequantise(x, g), sigma, sigmas[0], g).mean()
             optimizer.zero_grad()
@@ -382,9 +337,9 @@ def train(args, state, device, out):
                 break
         seconds += time.time() - tick
         if step % steps == 0:
-            rows.append({"epoch": step // steps, "train loss": losses.mean().item(),
-                         "test loss": test_loss(ema, test[:1000]), "seconds": seconds,
-                         "images/s": (step - first) * size / (time.time() - tick)})
+            rate = (step - first) * size / (time.time() - tick)
+            rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds, "train loss":
+                         losses.mean().item(), "test loss": test_loss(ema, test[:1000])})
             save()
             write_log(rows, out)
             bar.write("  ".join(f"{key} {value:.5g}" for key, value in rows[-1].items()))
@@ -399,20 +354,16 @@ def train(args, state, device, out):
         print(f"{stop[0]}: saved step {step} of {total}, go on with --resume --out {out}")
         raise SystemExit(130 if stop[0] == "interrupted" else 0)
     draw_stages_and_nearest(args, ema, images, out)
-
 # ------------------------------------------------------------------------------------------- uses
 def sample(args, net, z, g=None, sampler=None, **hook):
     """Images in [-1, 1] from standard normal z (B, 3, 32, 32), by args.sampler or the one named."""
     from tqdm import tqdm
-    (levels, step, steps), x = make_ladder(net.sigma_max, z[0].numel()), net.sigma_max * z
-    sampler = sampler or args.sampler
-    levels = (heun_levels(net.sigma_max) if sampler == "heun" else levels).to(z.device)
-    bar = tqdm(levels, desc=sampler, unit="level", leave=False, disable=None)
-    if sampler == "langevin":
-        return langevin(net.score, x, bar, step, steps, g, **hook)
-    if sampler == "consistent":
-        return consistent(net.score, x, bar, args.freshness, g, **hook)
-    return heun(net.score, x, bar, **hook)
+    ladder, *settings = make_ladder(net.sigma_max, z[0].numel())
+    run, levels, *rest = {"langevin": (langevin, ladder, *settings, g),
+                          "consistent": (consistent, ladder, args.freshness, g),
+                          "heun": (heun, heun_levels(net.sigma_max))}[sampler or args.sampler]
+    bar = tqdm(levels.to(z.device), desc=run.__name__, unit="level", leave=False, disable=None)
+    return run(net.score, net.sigma_max * z, bar, *rest, **hook)
 
 def draw_stages_and_nearest(args, net, images, out):
     """Eight chains, a row a stage; their ends, each beside its seven nearest images (by L2)."""
@@ -420,14 +371,12 @@ def draw_stages_and_nearest(args, net, images, out):
     g, chain = torch.Generator(images.device).manual_seed(args.seed), []
     z = torch.randn(8, 3, 32, 32, generator=g, device=images.device)
     x = quantise(sample(args, net, z, g, "consistent", hook=lambda x, s: chain.append(x) or x))
-    n = len(chain)  # shapes form in the middle of the ladder
-    stages = chain[n // 4 : 3 * n // 4 : n // 12] + chain[-1:]
-    save_grid(quantise(torch.cat(stages)), out / "stages.png")
-    far = torch.cat([torch.cdist(x.flatten(1).float(), y.flatten(1).float())
-                     for y in images.split(5000)], dim=1)
-    near = images[far.topk(7, largest=False).indices]  # (8, 7, 3, 32, 32)
-    save_grid(torch.cat([x[:, None], near], dim=1).flatten(0, 1), out / "nearest.png")
-
+    stages = torch.cat(chain[:: -len(chain) // 9][:8][::-1])  # of the ladder's lower part
+    save_grid(quantise(stages), out / "stages.png")
+    far = torch.cdist(x.flatten(1).float(), images.flatten(1).float())
+    near = images[far.topk(min(7, len(images)), largest=False).indices]  # (8, 7, 3, 32, 32)
+    rows = torch.cat([x[:, None], near], dim=1)
+    save_grid(rows.flatten(0, 1), out / "nearest.png", columns=rows.shape[1])
 def restore(truth, known, g=None):
     """A hook that sets the known pixels to the truth with the noise of the level (2019, B.3)."""
     return lambda x, sigma: torch.where(
@@ -453,31 +402,28 @@ def apply(args, state, device, out):
         z = (angle.cos() * ends[0] + angle.sin() * ends[1]).flatten(0, 1)
         save_grid(quantise(sample(args, net, z, sampler="heun")), out / "interpolate.png")
     if args.inpaint:  # rows of a test image, the same without its centre, and six completions
-        known = torch.ones(32, 32, dtype=torch.bool, device=device)
-        known[8:24, 8:24] = False
-        truth = test[:6, None] / 127.5 - 1
-        many = truth.expand(6, 6, 3, 32, 32).flatten(0, 1)
+        known = nn.functional.pad(torch.zeros(16, 16, device=device), [8] * 4, value=1).bool()
+        truth = dequantise(test[:6, None], g)
+        many = truth.expand(-1, 6, -1, -1, -1).flatten(0, 1)
         z = torch.randn(many.shape, generator=g, device=device)
-        x = sample(args, net, z, g, hook=restore(many, known, g)).unflatten(0, (6, 6))
+        x = sample(args, net, z, g, hook=restore(many, known, g)).unflatten(0, (-1, 6))
         rows = torch.cat([truth, torch.where(known, truth, 0), x], dim=1)
-        save_grid(rows.flatten(0, 1) / 2 + 0.5, out / "inpaint.png")
+        save_grid(quantise(rows.flatten(0, 1)), out / "inpaint.png")
     if args.evaluate:
         sigmas = torch.logspace(math.log10(SIGMA_MIN), math.log10(net.sigma_max), 17).tolist()
         losses = [test_loss(net, test[:1000], sigma) for sigma in sigmas]
         plot(out / "loss_by_sigma.png", sigmas, {"test loss": losses}, xlabel="sigma", xscale="log")
-        print("".join(f"sigma {s:9.4f}  loss {v:.4f}\n" for s, v in zip(sigmas, losses, strict=True)))
+        print(*map("sigma {:9.4f}  loss {:.4f}".format, sigmas, losses), sep="\n")
         net.amp, levels = False, heun_levels(net.sigma_max, 128).to(device)  # 3,072 terms: fp32
         bits = torch.cat([bits_per_dim(net.score, dequantise(x, g), levels, g)
                           for x in test[: args.bits_images].split(100)])
         print(f"bits/dim {bits.mean():.3f}, standard error {bits.std() / len(bits) ** 0.5:.3f}, "
               f"of {len(bits)} test images")
-
 # -------------------------------------------------------------------------------------------- CLI
-KEPT = ["width", "mults", "blocks", "data", "subset", "batch_size",  # a checkpoint fixes these
-        "epochs", "lr", "ema", "seed", "sample_every"]  # and remembers these
-
+KEPT = ["width", "mults", "blocks", "data", "subset", "batch_size",  # fixed by a checkpoint,
+        "epochs", "lr", "ema", "seed", "sample_every"]  # remembered by it
 def parse(argv=None):
-    """(args, checkpoint or None); what a checkpoint knows stands in for flags not given."""
+    """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: die(f"{message} (see --help)")
@@ -494,7 +440,9 @@ def parse(argv=None):
     flag("--lr", 5e-4, "highest learning rate")
     flag("--ema", 0.05, "half-life of the average of weights, as a share of the run")
     flag("--seed", 0, "of weights, order of images and noise; 0 by default")
-    flag("--device", None, "cpu, cuda, cuda:1, ...; by default cuda if there is one", type=str)
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = [*["cuda"][: len(gpus)], *gpus, "cpu"]
+    flag("--device", here[0], "where to compute", choices=here)
     flag("--amp", None, "bf16 in the network; by default where the hardware has it", **switch)
     flag("--compile", None, "torch.compile; by default on cuda", **switch)
     flag("--out", f"runs/{NAME}", "folder of the run")
@@ -508,8 +456,7 @@ def parse(argv=None):
     flag("--mults", [1, 2, 2], "channels at 32x32, 16x16, ..., in units of the width",
          type=lambda text: [int(m) for m in text.split(",")], metavar="M,M,...")
     flag("--blocks", 3, "residual blocks each way at a resolution")
-    flag("--sampler", "langevin", "for --generate, --inpaint: langevin, consistent or heun",
-         choices=["langevin", "consistent", "heun"], metavar="NAME")
+    flag("--sampler", "langevin", "how to draw images", choices=["langevin", "consistent", "heun"])
     flag("--freshness", 1.0, "noise renewed by consistent: 0 none (flow), 1 ancestral")
     flag("--inpaint", False, "only complete test images whose centre is hidden", **tick)
     flag("--interpolate", False, "only draw the ways between samples", **tick)
@@ -523,26 +470,23 @@ def parse(argv=None):
         args = parser.parse_args(argv)
         for key in KEPT[: 3 if use else 6]:
             if getattr(args, key) != state["args"][key]:
-                die(f"{path} was trained with --{key} {state['args'][key]}: leave that flag out")
+                name = key.replace("_", "-")
+                die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
     elif path.exists():
         die(f"{path} is there already: go on with --resume, or name another folder with --out")
     for key, value in vars(args).items():
-        low = 0 if key in ("subset", "lr", "seed", "time_limit", "freshness") else 1e-9
-        if type(value) in (int, float) and not low <= value < math.inf:
+        low = 0 if key in ("subset", "lr", "seed", "time_limit", "freshness") else 1e-9  # above 0
+        if type(value) in (int, float) and not low <= value < 2**31:
             die(f"--{key.replace('_', '-')} {value} is out of range")
+    if args.width % 4 or min(args.mults) < 1:
+        die("--width takes a multiple of 4, --mults takes numbers above 0")
     return args, state, use
 
 def main(argv=None):
     args, state, use = parse(argv)
-    here = ["cpu", *["cuda"] * torch.cuda.is_available()]
-    here += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if (args.device or "cpu") not in here:
-        die(f"--device {args.device} is not here: it can be {', '.join(here)}")
-    device = torch.device(args.device or here[1 % len(here)])
-    gpu = device.type == "cuda"
+    device, gpu = torch.device(args.device), args.device != "cpu"
     args.compile = gpu if args.compile is None else args.compile
-    if args.amp is None:
-        args.amp = gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    args.amp = gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() if args.amp is None else args.amp
     try:
         (apply if use else train)(args, state, device, Path(args.out))
     except OSError as error:
