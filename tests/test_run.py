@@ -35,6 +35,7 @@ ERRORS = {  # flags: what the line must name
 OWN_ERRORS = {"ncsn": {
     "--sampler nonsense": "--sampler", "--freshness -1": "--freshness", "--blocks 0": "--blocks",
     "--width 5": "--width", "--width 0": "--width", "--mults x": "--mults", "--mults 0": "--mults",
+    "--mults 1,1,1,1,1,1,1": "--mults",
     "--inpaint": "train first", "--interpolate": "train first"}}
 ALONE = {"ncsn": """
 levels, z = torch.logspace(1, -2, 5), torch.randn(2, 3, 32, 32)
