@@ -60,21 +60,21 @@ class Block(nn.Module):
 
 class ScoreNet(nn.Module):
     """The denoiser D(x, sigma) and its score, both shaped like x; sigma is a tensor () or (B,).
-    U-Net F: width * mults channels at 32x32, 16x16, ..., `blocks` blocks down and up at each."""
+    F is a U-Net: width * mults channels at 32x32, 16x16, ..., `blocks` blocks each way at each."""
     def __init__(self, sigma_data=0.5, sigma_max=100.0, amp=False,
                  width=128, mults=(1, 2, 2), blocks=3):
         super().__init__()
         self.sigma_data, self.sigma_max, self.amp = sigma_data, sigma_max, amp
-        widths, emb, last = [width * m for m in mults], 4 * width, blocks - 1
+        widths, emb, end, at = [width * m for m in mults], 4 * width, blocks - 1, (1, 2)
         self.register_buffer("frequencies", torch.logspace(-1.5, 0.5, width // 2))
         self.embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleList(
-            Block(c if i else above, c, emb, attention=level == 1) for i in range(blocks))
+        self.down = nn.ModuleList(nn.ModuleList(  # with attention at 16x16 and 8x8
+            Block(c if i else above, c, emb, attention=level in at) for i in range(blocks))
             for level, (above, c) in enumerate(zip(widths[:1] + widths[:-1], widths, strict=True)))
         self.middle = Block(widths[-1], widths[-1], emb, attention=True)
-        self.up = nn.ModuleList(nn.ModuleList(  # attention is dear: here only the last block has it
-            Block(c + (c if i else below), c, emb, level == 1 and i == last) for i in range(blocks))
+        self.up = nn.ModuleList(nn.ModuleList(  # attention is dear: here only last blocks have it
+            Block(c + (c if i else below), c, emb, i == end and level in at) for i in range(blocks))
             for level, (c, below) in enumerate(zip(widths, widths[1:] + widths[-1:], strict=True)))
         self.out = nn.Sequential(norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1))
         for name, parameter in self.named_parameters():  # F starts as zero, a block as its skip
