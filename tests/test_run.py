@@ -11,19 +11,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import common
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["ncsn"]
+SCRIPTS = ["ncsn", "nvae"]
 STEPS = 3  # an epoch: 52 images, 16 a step, 4 left out
 TIMES = {"seconds", "images/s"}
 FLAGS = """data subset epochs batch-size lr ema seed device amp compile out resume time-limit
     sample-every generate evaluate"""  # of all scripts; the functions below are the same in all
 BOOKS = "die learning_rate update_ema save_checkpoint load_checkpoint plot write_log"
-TINY = {"ncsn": "--width 8 --mults 1,2 --blocks 1"}
-OTHER_SIZE = {"ncsn": ["--width 12", "--mults 1", "--blocks 2"]}
-PICTURES = {"ncsn": {"stages.png", "nearest.png"}}  # at the end of training
-SAMPLERS = {"ncsn": ["--sampler langevin", "--sampler consistent", "--sampler heun"]}
-MEASURES = {"ncsn": ("--bits-images 3", [  # flags, and what is printed how often
-    (r"^sigma +[\d.]+ +loss [\d.]+$", 17), (r"^bits/dim \d+\.\d+, .* 3 test images", 1)])}
-ALL_USES = {"ncsn": "--generate 1 --inpaint --interpolate --evaluate --bits-images 3"}
+TINY = {"ncsn": "--width 8 --mults 1,2 --blocks 1",
+        "nvae": "--width 4 --groups 1,2 --outer 1 --expand 1"}
+OTHER_SIZE = {"ncsn": ["--width 12", "--mults 1", "--blocks 2"], "nvae": [
+    "--width 8", "--groups 2,1", "--cells 2", "--outer 2", "--expand 2", "--flows 1"]}
+PICTURES = {"ncsn": {"stages.png", "nearest.png"},  # at the end of training
+            "nvae": {"reconstructions.png", "temperatures.png", "scales.png"}}
+SAMPLERS = {"ncsn": ["--sampler langevin", "--sampler consistent", "--sampler heun"],
+            "nvae": ["--temperature 0.7", "--temperature 1.0"]}
+MEASURES = {  # flags, and what is printed how often
+    "ncsn": ("--bits-images 3", [
+        (r"^sigma +[\d.]+ +loss [\d.]+$", 17), (r"^bits/dim \d+\.\d+, .* 3 test images", 1)]),
+    "nvae": ("--iw 2 --iw-images 3", [
+        (r"^group +\d +KL -?\d+\.\d+ bits/dim +active units \d+ of 20$", 3),
+        (r"^ELBO \d+\.\d+ bits/dim: .* 12 test images$", 1),
+        (r"^IW bound, K = 2: \d+\.\d+ bits/dim, of 3 test images", 1)])}
+ALL_USES = {"ncsn": "--generate 1 --inpaint --interpolate --evaluate --bits-images 3",
+            "nvae": "--generate 1 --interpolate --evaluate --iw 2"}
 ERRORS = {  # flags: what the line must name
     "--epochs x": "--epochs", "--epochs 0": "--epochs", "--batch-size -1": "--batch-size",
     "--lr nan": "--lr", "--time-limit -1": "--time-limit", "--nonsense": "--nonsense",
@@ -35,7 +45,13 @@ ERRORS = {  # flags: what the line must name
 OWN_ERRORS = {"ncsn": {
     "--sampler nonsense": "--sampler", "--freshness -1": "--freshness", "--blocks 0": "--blocks",
     "--width 5": "--width", "--width 0": "--width", "--mults x": "--mults", "--mults 0": "--mults",
-    "--inpaint": "train first", "--interpolate": "train first"}}
+    "--inpaint": "train first", "--interpolate": "train first"},
+    "nvae": {
+    "--width 0": "--width", "--groups x": "--groups", "--groups 0": "--groups",
+    "--groups 1,1,1,1,1": "--groups", "--cells 0": "--cells", "--outer 0": "--outer",
+    "--expand 0": "--expand", "--flows -1": "--flows", "--kl-warmup -1": "--kl-warmup",
+    "--spectral -1": "--spectral", "--temperature 0": "--temperature", "--iw 0": "--iw",
+    "--iw-images 0": "--iw-images", "--interpolate": "train first"}}
 ALONE = {"ncsn": """
 levels, z = torch.logspace(1, -2, 5), torch.randn(2, 3, 32, 32)
 net = ncsn.ScoreNet(width=8, mults=(1, 2), blocks=1)
@@ -48,6 +64,18 @@ assert loss.isfinite() and (net(z, levels[0]) != before).any()
 for x in (ncsn.langevin(net.score, 10 * z, levels, 0.1, 1),
           ncsn.consistent(net.score, 10 * z, levels), ncsn.heun(net.score, 10 * z, levels)):
     assert x.shape == z.shape and x.isfinite().all()
+""", "nvae": """
+net, x = nvae.NVAE(width=4, groups=(1, 1), flows=1), torch.randint(256, (4, 3, 32, 32))
+optimizer, spectral = torch.optim.Adamax(net.parameters()), nvae.Spectral(net)
+before = net.top_down(torch.zeros, 2)[0]
+reconstruction, kl = nvae.elbo(net, nvae.scaled(x))
+loss = reconstruction.mean() + nvae.kl_loss(kl, 0.5, net.alpha) + spectral()
+loss.backward()
+optimizer.step()
+logits = net.top_down(nvae.noise(), 2)[0]
+assert loss.isfinite() and (net.top_down(torch.zeros, 2)[0] != before).any()
+for x in nvae.dmol_sample(logits, 0.7), nvae.dmol_mean(logits):
+    assert x.shape == (2, 3, 32, 32) and x.isfinite().all() and x.abs().max() <= 1
 """}
 
 def shorten(module, monkeypatch):
@@ -57,6 +85,8 @@ def shorten(module, monkeypatch):
         monkeypatch.setattr(module, "heun_levels", lambda top, count=12: levels(top, count // 4))
         monkeypatch.setattr(module, "make_ladder", lambda top, dim: (
             torch.logspace(math.log10(top), math.log10(module.SIGMA_MIN), 14), 0.06, 1))
+    else:
+        monkeypatch.setattr(module, "CALLS", 2)
 
 class Run:
     """run("--flags") calls a script and returns its exit status. at[step] acts in a training step;
