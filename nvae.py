@@ -1,15 +1,14 @@
 """NVAE: a deep hierarchical variational autoencoder on 32x32 images, in one file.
 
-A VAE explains an image x by latent variables z: draw z ~ p(z), then x ~ p(x|z). The z behind a given
-x cannot be computed, so a second network q(z|x) guesses it; both learn by raising a lower bound of
-ln p(x). Vahdat & Kautz (2020, arXiv:2007.03898) cut z into many groups, maps z_1 ... z_G at several
-scales from coarse to fine, each drawn given the groups before it:
+A VAE explains an image x by latent variables z: draw z ~ p(z), then x ~ p(x|z). A second network
+q(z|x) guesses the z behind an x; both learn by raising a lower bound of ln p(x). Vahdat & Kautz
+(2020, arXiv:2007.03898) cut z into groups z_1 ... z_G, maps at several scales from coarse to fine:
     p(z) = prod_i p(z_i | z_<i)                     q(z|x) = prod_i q(z_i | z_<i, x)
 An encoder goes bottom-up over x and keeps a feature map for each group. One top-down path serves
 training and sampling: it starts in a learned tensor h; group i puts h through residual cells, reads
 p(z_i | z_<i) = N(mu, sigma^2) off h, takes z_i, from q where there is an image and else from p, and
-adds it to h. What h has become after the last group gives p(x|z). q is relative to p (section 3.2):
-the encoder adds to mu and ln sigma of p, before both are clamped smoothly,
+adds it to h, which after the last group gives p(x|z). q is relative to p (section 3.2): the encoder
+adds to mu and ln sigma of p. Of both, all are then clamped smoothly,
     mu = 5 tanh(mu / 5)       sigma = exp(5 tanh(ln sigma / 5)) + 0.01
 The loss, in nats an image, is minus the bound and a price on steep functions of x and z:
     loss = -ln p(x|z) + beta sum_i gamma_i KL_i + lambda (sum_W s(W) + sum_BN max |g|),    z ~ q
@@ -20,100 +19,73 @@ iteration, and g are BatchNorm's factors. p(x|z) mixes ten discretised logistics
 2017, arXiv:1701.05517): byte v of a colour, at x = v / 127.5 - 1, has in each of them
     P(v) = S((x - m + 1/255) / s) - S((x - m - 1/255) / s),     S(a) = 1 / (1 + exp(-a))
 where m depends on the colours before it; bytes 0 and 255 take the tails besides. Bits per dimension
-are nats / (3072 ln 2). With K draws of z the bound is tighter (Burda et al. 2016, arXiv:1509.00519):
+are nats / (3072 ln 2). K draws of z give a tighter bound (Burda et al. 2016, arXiv:1509.00519):
     ln p(x) >= E ln mean_k p(x|z_k) p(z_k) / q(z_k|x),    z_k ~ q
-BatchNorm's statistics do not fit averaged weights, nor those of encoded latents drawn ones: they are
-measured anew for each use, in a copy, on training images or by sampling.
     python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000 --temperature 0.7          PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
     python nvae.py --width 128 --groups 30 --cells 2 --flows 1 --epochs 400      the paper's network
-Not as in the paper: same width at all latent scales, z is added to h instead of concatenated, every
-group's prior is learned, EMA, P(v) exact also at byte 254 and far from m, flows that scale, one power
-iteration a step, no weight decay, and a temperature of pixels that narrows them below 1.
+Not as in the paper: one width at all latent scales, z is added to h, not concatenated; all priors
+are learned; EMA; P(v) exact also at byte 254 and far from m; flows that scale; one power iteration
+a step; no weight decay; a temperature of pixels that narrows them below 1.
 Notation: B batch, C channels, H W pixels, G groups, n latents, M mixtures; x is (B, 3, 32, 32)."""
 import argparse, copy, math, os, signal, sys, time
 from itertools import accumulate
 from pathlib import Path
 import torch
 from torch import nn
-from torch.nn.functional import elu, logsigmoid, normalize
+from torch.nn.functional import conv2d, elu, logsigmoid, normalize
 NAME = "nvae"
 NATS = 3072 * math.log(2)  # of an image, to one bit per dimension
 # ---------------------------------------------------------------------------------------- network
 def norm(channels):
     return nn.BatchNorm2d(channels, momentum=0.05)
-def zero(layer):
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
-
-class SqueezeExcite(nn.Module):
-    """Each channel times a number in (0, 1) that depends on the means of all channels."""
-    def __init__(self, c):
+class Cell(nn.Module):
+    """Residual cell, (B, cin, H, W) -> (B, cout, H', W'). Last, squeeze and excitation multiplies
+    each channel by a number in (0, 1) that depends on the means of all channels."""
+    def __init__(self, cout, skip, *body):
         super().__init__()
-        hidden = max(c // 16, 4)
+        self.skip, self.body, hidden = skip, nn.Sequential(*body), max(cout // 16, 4)
         self.gate = nn.Sequential(
-            nn.Linear(c, hidden), nn.ReLU(), nn.Linear(hidden, c), nn.Sigmoid())
+            nn.Linear(cout, hidden), nn.ReLU(), nn.Linear(hidden, cout), nn.Sigmoid())
     def forward(self, x):
-        return x * self.gate(x.mean((2, 3)))[:, :, None, None]
-
-class EncoderCell(nn.Module):
-    """Residual cell, (B, cin, H, W) -> (B, cout, H, W), or half of H and W (figure 3b)."""
-    def __init__(self, cin, cout, down=False):
-        super().__init__()
-        self.body = nn.Sequential(
-            norm(cin), nn.SiLU(), nn.Conv2d(cin, cout, 3, 2 if down else 1, padding=1),
-            norm(cout), nn.SiLU(), nn.Conv2d(cout, cout, 3, padding=1), SqueezeExcite(cout))
-        self.skip = nn.Sequential(
-            nn.SiLU(), nn.Conv2d(cin, cout, 2, stride=2)) if down else nn.Identity()
-    def forward(self, x):
-        return self.skip(x) + 0.1 * self.body(x)
-
-class DecoderCell(nn.Module):
-    """Residual cell, (B, cin, H, W) -> (B, cout, H, W), or twice H and W (figure 3a).
-    Depthwise, 5x5 pixels cost little, so there can be `expand` times as many channels."""
-    def __init__(self, cin, cout, expand=6, up=False):
-        super().__init__()
-        wide = expand * cin
-        self.body = nn.Sequential(  # grows after what works on single pixels: the same, for less
-            norm(cin), nn.Conv2d(cin, wide, 1, bias=False), norm(wide), nn.SiLU(),
-            nn.Upsample(scale_factor=2) if up else nn.Identity(),
-            nn.Conv2d(wide, wide, 5, padding=2, groups=wide, bias=False), norm(wide), nn.SiLU(),
-            nn.Conv2d(wide, cout, 1, bias=False), norm(cout), SqueezeExcite(cout))
-        self.skip = nn.Sequential(
-            nn.Conv2d(cin, cout, 1),
-            nn.Upsample(scale_factor=2, mode="bilinear")) if up else nn.Identity()
-    def forward(self, x):
-        return self.skip(x) + 0.1 * self.body(x)
-
-class MaskedConv(nn.Conv2d):
-    """3x3 convolution in raster order, whose channel c belongs to latent c // (channels / latents).
-    It sees pixels before its own and, at its own, latents before its own (strict) or up to it."""
-    def __init__(self, cin, cout, latents, strict):
-        super().__init__(cin, cout, 3, padding=1)
-        source, target = (torch.arange(c) // (c // latents) for c in (cin, cout))
-        mask = torch.zeros(cout, cin, 3, 3)
-        mask[:, :, 0], mask[:, :, 1, 0] = 1, 1
-        mask[:, :, 1, 1] = (source + strict <= target[:, None]).float()
-        self.register_buffer("mask", mask)
-    def forward(self, x):
-        return self._conv_forward(x, self.weight * self.mask, self.bias)
+        h = self.body(x)
+        return self.skip(x) + 0.1 * h * self.gate(h.mean((2, 3)))[:, :, None, None]
+def encoder_cell(cin, cout, down=False):
+    """Figure 3b; down: to half of H and W."""
+    halve = nn.Sequential(nn.SiLU(), nn.Conv2d(cin, cout, 2, stride=2))
+    return Cell(cout, halve if down else nn.Identity(),
+                norm(cin), nn.SiLU(), nn.Conv2d(cin, cout, 3, 2 if down else 1, padding=1),
+                norm(cout), nn.SiLU(), nn.Conv2d(cout, cout, 3, padding=1))
+def decoder_cell(cin, cout, expand=6, up=False):
+    """Figure 3a; up: to twice H and W. Depthwise, 5x5 pixels cost little, so there can be `expand`
+    times the channels. What works on single pixels comes before growth, the same for less."""
+    wide, grow = expand * cin, nn.Upsample(scale_factor=2) if up else nn.Identity()
+    skip = nn.Sequential(nn.Conv2d(cin, cout, 1), nn.Upsample(scale_factor=2, mode="bilinear"))
+    return Cell(cout, skip if up else nn.Identity(),
+                norm(cin), nn.Conv2d(cin, wide, 1, bias=False), norm(wide), nn.SiLU(), grow,
+                nn.Conv2d(wide, wide, 5, padding=2, groups=wide, bias=False), norm(wide), nn.SiLU(),
+                nn.Conv2d(wide, cout, 1, bias=False), norm(cout))
 
 class Flow(nn.Module):
-    """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934), at first the identity:
-    z (B, n, H, W), context (B, C, H, W) -> z' = exp(a) z + b, and a, which sums to ln |det dz'/dz|.
-    a and b at a place depend on the context and places before it, or behind it where turned."""
+    """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): z (B, n, H, W), context
+    (B, C, H, W) -> z' = exp(a) z + b, and a, which sums to ln |det dz'/dz|. In raster order, turned
+    about or not, a and b depend on the context, pixels before and, at the pixel, latents before."""
     def __init__(self, latents, channels, turned):
         super().__init__()
         self.axes, hidden = (1, 2, 3) if turned else (), 4 * latents
-        self.first = MaskedConv(latents, hidden, latents, strict=True)
+        self.first = nn.Conv2d(latents, hidden, 3, padding=1)
         self.context = nn.Conv2d(channels, hidden, 1)
-        self.last = zero(MaskedConv(hidden, 2 * latents, latents, strict=False))
+        self.last = nn.Conv2d(hidden, 2 * latents, 1, groups=latents)  # each latent has its own
+        mask = torch.zeros(hidden, latents, 3, 3)
+        mask[:, :, 0], mask[:, :, 1, 0] = 1, 1
+        mask[:, :, 1, 1] = torch.ones(latents, latents).tril(-1).repeat_interleave(4, dim=0)
+        self.register_buffer("mask", mask)
     def forward(self, z, context):
-        h = self.first(z.flip(self.axes)) + self.context(context).flip(self.axes[1:])
-        a, b = self.last(elu(h)).to(z.dtype).unflatten(1, (-1, 2)).unbind(2)  # two channels a latent
-        a, b = 2 * torch.tanh(a / 2).flip(self.axes), b.flip(self.axes)
+        h = conv2d(z.flip(self.axes), self.first.weight * self.mask, self.first.bias, padding=1)
+        h = self.last(elu(h + self.context(context).flip(self.axes[1:]))).to(z.dtype)
+        a, b = h.unflatten(1, (-1, 2)).flip(self.axes[:1]).unbind(2)
+        a, b = 2 * torch.tanh(a / 2).flip(self.axes[1:]), b.flip(self.axes[1:])
         return a.exp() * z + b, a
 
 class Group(nn.Module):
@@ -121,45 +93,46 @@ class Group(nn.Module):
     def __init__(self, cells, channels, latents, flows):
         super().__init__()
         self.cells = nn.Sequential(*cells)
-        self.prior = nn.Sequential(nn.ELU(), zero(nn.Conv2d(channels, 2 * latents, 1)))
+        self.prior = nn.Sequential(nn.ELU(), nn.Conv2d(channels, 2 * latents, 1))
         self.mix = nn.Conv2d(channels, channels, 1)
-        self.posterior = zero(nn.Conv2d(channels, 2 * latents, 3, padding=1))  # at first q = p
+        self.posterior = nn.Conv2d(channels, 2 * latents, 3, padding=1)
         self.flows = nn.ModuleList(Flow(latents, channels, k % 2 == 1) for k in range(flows))
         self.merge = nn.Conv2d(latents, channels, 1)
-
 def normal(parameters, temperature=1.0):
     """(mu, sigma) of (B, n, H, W) each from (B, 2 n, H, W), clamped smoothly."""
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return mu, temperature * (log_sigma.exp() + 0.01)
 
 class NVAE(nn.Module):
-    """groups: of latents at 16x16, 8x8, ...; width: channels at 32x32, and half of those elsewhere;
+    """groups: of latents at 16x16, 8x8, ...; width: channels at 32x32, twice as many elsewhere;
     cells: residual cells each way a group; outer: those at 32x32; latents: n."""
     def __init__(self, width=64, groups=(12, 8), cells=1, outer=2, expand=6, flows=0, amp=False,
-                 latents=20, mixtures=10):
+                 latents=20):
         super().__init__()
         self.amp, self.scales, c, wide = amp, groups, 2 * width, max(1, expand // 2)
+        places = [(scale, i) for scale, count in enumerate(groups) for i in range(count)]
         self.stem, size = nn.Conv2d(3, width, 3, padding=1), 32 >> len(groups)
-        self.before = nn.Sequential(*(EncoderCell(width, width) for _ in range(outer - 1)),
-                                    EncoderCell(width, c, down=True))
+        self.before = nn.Sequential(*(encoder_cell(width, width) for _ in range(outer - 1)),
+                                    encoder_cell(width, c, down=True))
         self.start = nn.Parameter(torch.randn(1, c, size, size))
-        self.encoder, self.groups, alpha = nn.ModuleList(), nn.ModuleList(), []
-        for scale, count in enumerate(groups):  # from fine to coarse
-            for i in range(count):
-                down = [EncoderCell(c, c, down=True)] if scale and i == 0 else []
-                self.encoder.append(
-                    nn.Sequential(*down, *(EncoderCell(c, c) for _ in range(cells))))
-        for scale, count in reversed(list(enumerate(groups))):  # from coarse to fine
-            for i in range(count):
-                up = [DecoderCell(c, c, expand, up=True)] if self.groups and i == 0 else []
-                more = [DecoderCell(c, c, expand) for _ in range(cells if self.groups else 0)]
-                self.groups.append(Group(up + more, c, latents, flows))
-                alpha.append(4.0**-scale / count)  # of its scale's pixels, a share
+        self.encoder, self.groups = nn.ModuleList(), nn.ModuleList()
+        for scale, i in places:  # from fine to coarse
+            down = [encoder_cell(c, c, down=True)] if scale and i == 0 else []
+            self.encoder.append(nn.Sequential(*down, *(encoder_cell(c, c) for _ in range(cells))))
+        for scale, i in places[::-1]:  # from coarse to fine
+            more = [decoder_cell(c, c, expand) for _ in range(cells if self.groups else 0)]
+            if self.groups and i == groups[scale] - 1:
+                more = [decoder_cell(c, c, expand, up=True), *more]
+            self.groups.append(Group(more, c, latents, flows))
+        alpha = [4.0**-scale / groups[scale] for scale, _ in places[::-1]]  # due shares of KL
         self.register_buffer("alpha", torch.tensor(alpha))
         self.after = nn.Sequential(
-            DecoderCell(c, width, wide, up=True),
-            *(DecoderCell(width, width, wide) for _ in range(outer - 1)),
-            nn.ELU(), nn.Conv2d(width, 10 * mixtures, 3, padding=1))
+            decoder_cell(c, width, wide, up=True),
+            *(decoder_cell(width, width, wide) for _ in range(outer - 1)),
+            nn.ELU(), nn.Conv2d(width, 100, 3, padding=1))
+        for name, parameter in self.named_parameters():  # at first q = p, flows are the identity
+            if any(end in name for end in ("prior.1.", "posterior.", "last.")):
+                nn.init.zeros_(parameter)
     def bottom_up(self, x):
         """x (B, 3, 32, 32) in [-1, 1] -> what each group may know of it, a list (B, C, H, W)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
@@ -182,10 +155,10 @@ class NVAE(nn.Module):
                     this["q"] = normal(parameters + group.posterior(context).float())
                 mu, sigma = this.get("q", this["p"])
                 this["z0"] = this["z"] = z[i] if i < len(z) else mu + sigma * draw(mu.shape)
-                this["log_det"] = torch.zeros_like(mu)
+                this["log_det"] = 0.0
                 for flow in group.flows if features and i >= len(z) else ():
-                    this["z"], log_det = flow(this["z"], context)
-                    this["log_det"] = this["log_det"] + log_det
+                    this["z"], a = flow(this["z"], context)
+                    this["log_det"] = this["log_det"] + a
                 h = h + group.merge(this["z"])
                 groups.append(this)
             return self.after(h).float().contiguous(), groups
@@ -196,7 +169,6 @@ def scaled(images):
 def quantise(x):
     """Float -> uint8, the byte nearest to x."""
     return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-
 def mixture(logits):
     """(B, 10 M, H, W) -> weights (B, M, H, W); means, ln s, coefficients (B, 3, M, H, W) each."""
     count = logits.shape[1] // 10
@@ -206,8 +178,8 @@ def mixture(logits):
 
 def dmol_log_prob(logits, x):
     """ln p(x|z) (B,) of x (B, 3, H, W) in [-1, 1], one of the 256 values of scaled().
-    S(a) - S(b) = S(a) S(-b) (1 - exp(b - a)) is exact however far x is from m. The lowest bin has no
-    lower edge, which leaves S(a) of it, and the highest no upper edge, which leaves S(-b)."""
+    S(a) - S(b) = S(a) S(-b) (1 - exp(b - a)) is exact however far x is from m. The lowest bin has
+    no lower edge, which leaves S(a) of it, and the highest no upper edge, which leaves S(-b)."""
     weights, means, log_s, c = mixture(logits)
     x, inverse = x[:, :, None], torch.exp(-log_s)  # (B, 3, 1, H, W)
     shift = [torch.zeros_like(c[:, 0]), c[:, 0] * x[:, 0], c[:, 1] * x[:, 0] + c[:, 2] * x[:, 1]]
@@ -217,34 +189,24 @@ def dmol_log_prob(logits, x):
     log_p = log_p + logsigmoid((away + 1 / 255) * inverse).masked_fill(high, 0)
     log_p = log_p + logsigmoid((1 / 255 - away) * inverse).masked_fill(low, 0)
     return (weights.log_softmax(1) + log_p.sum(1)).logsumexp(1).sum((1, 2))
-
 def kl_normal(q, p):
     """KL(q || p), elementwise, of normal distributions (mu, sigma)."""
     (mu, sigma), (mu_p, sigma_p) = q, p
     return (sigma_p / sigma).log() + (sigma**2 + (mu - mu_p) ** 2) / (2 * sigma_p**2) - 0.5
-def log_normal(z, mu, sigma):
-    """ln N(z; mu, sigma^2), elementwise."""
-    return -0.5 * ((z - mu) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
 def log_ratio(group):
-    """ln q(z_i | z_<i, x) - ln p(z_i | z_<i), elementwise, for a group of top_down."""
-    log_q = log_normal(group["z0"], *group["q"]) - group["log_det"]
-    return log_q - log_normal(group["z"], *group["p"])
-
-def kl_terms(net, groups):
-    """KL_i, elementwise (B, n, H, W) each: analytic, or with flows estimated from the one z."""
-    flows = len(net.groups[0].flows)
-    return [log_ratio(group) if flows else kl_normal(group["q"], group["p"]) for group in groups]
+    """ln q(z_i | z_<i, x) - ln p(z_i | z_<i), elementwise, at the z_i of a group of top_down."""
+    (mu, sigma), (mu_p, sigma_p) = group["q"], group["p"]
+    log_q = -0.5 * ((group["z0"] - mu) / sigma) ** 2 - sigma.log() - group["log_det"]
+    return log_q + 0.5 * ((group["z"] - mu_p) / sigma_p) ** 2 + sigma_p.log()
 def elbo(net, x, generator=None):
-    """(-ln p(x|z) (B,), KL_i (B, G, n)) in nats; minus their sum is the evidence lower bound."""
+    """(-ln p(x|z) (B,), KL_i (B, G, n)) in nats; minus their sum is the evidence lower bound.
+    The KL is analytic, but with flows an estimate from the one z."""
     logits, groups = net.top_down(noise(generator, x.device), len(x), net.bottom_up(x))
-    kl = torch.stack([term.sum((2, 3)) for term in kl_terms(net, groups)], dim=1)
-    return -dmol_log_prob(logits, x), kl
-def kl_weight(step, warmup):
-    """beta, which rises to 1 over `warmup` steps."""
-    return min(1.0, max(1e-4, step / max(warmup, 1e-9))) if warmup else 1.0
+    kl = [log_ratio(z) if net.groups[0].flows else kl_normal(z["q"], z["p"]) for z in groups]
+    return -dmol_log_prob(logits, x), torch.stack([term.sum((2, 3)) for term in kl], dim=1)
 def kl_loss(kl, beta, alpha):
-    """beta sum_i gamma_i mean KL_i of kl (B, G, n). While beta < 1, gamma_i grows with KL_i over its
-    due alpha_i, so that no group is left out and none does all the work (appendix A)."""
+    """beta sum_i gamma_i mean KL_i of kl (B, G, n). While beta < 1, gamma_i grows with KL_i over
+    its due alpha_i, so that no group is left out and none does all the work (appendix A)."""
     kl = kl.sum(2)
     gamma = (kl.detach().abs().mean(0) + 0.01) / alpha
     gamma = gamma / gamma.mean() if beta < 1 else torch.ones_like(gamma)
@@ -252,34 +214,28 @@ def kl_loss(kl, beta, alpha):
 
 class Spectral(nn.Module):
     """sum_W s(W) + sum_BN max |g| over a network's convolutions, matrices (C_out, rest), and
-    BatchNorms. Matrices of one shape are stacked. Power iteration keeps the left singular vectors u
-    from step to step; the gradient of s = u . W v passes W alone."""
+    BatchNorms. Matrices of one shape are stacked, and their singular vectors u kept from step to
+    step for power iteration. The gradient of s = u . W v passes W alone."""
     def __init__(self, net, iterations=40):
         super().__init__()
-        shapes = {}
-        for layer in net.modules():
-            if isinstance(layer, nn.Conv2d):
-                shapes.setdefault(layer.weight.flatten(1).shape, []).append(layer.weight)
-        self.stacks = list(shapes.values())
-        self.factors = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-        for k, weights in enumerate(self.stacks):
-            u = torch.randn(len(weights), len(weights[0]), 1).to(weights[0].device)
-            self.register_buffer(f"u{k}", normalize(u, dim=1))
-        self.norms(iterations)
-    def norms(self, iterations=1):
-        """s of every convolution, in the order of self.stacks, a list of (number of a shape,)."""
-        found = []
-        for k, weights in enumerate(self.stacks):
-            u, w = getattr(self, f"u{k}"), torch.stack([weight.flatten(1) for weight in weights])
+        self.stacks, layers = {}, list(net.modules())
+        self.factors = [layer.weight for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+        for w in (layer.weight for layer in layers if isinstance(layer, nn.Conv2d)):
+            self.stacks.setdefault(f"{len(w)}x{w[0].numel()}", []).append(w)
+        for shape, stack in self.stacks.items():
+            u = torch.randn(len(stack), len(stack[0]), 1).to(stack[0].device)
+            self.register_buffer(shape, normalize(u, dim=1))
+        self(iterations)
+    def forward(self, iterations=1):
+        total = sum(g.abs().max() for g in self.factors)
+        for shape, stack in self.stacks.items():
+            u, w = getattr(self, shape), torch.stack([w.flatten(1) for w in stack])
             with torch.no_grad():
                 for _ in range(iterations):
                     v = normalize(w.mT @ u, dim=1)
                     u.copy_(normalize(w @ v, dim=1))
-            found.append((u.clone() * (w @ v)).sum((1, 2)))
-        return found
-    def forward(self):
-        return torch.cat([*self.norms(), *(g.abs().max()[None] for g in self.factors)]).sum()
-
+            total = total + (u.clone() * (w @ v)).sum()
+        return total
 def iw_bound(log_weight, k):
     """ln mean of k weights (B,), from k calls of log_weight() -> ln p(x|z) p(z) / q(z|x) (B,)."""
     total = log_weight()
@@ -319,15 +275,20 @@ def in_turn(x, c, settle):
     return torch.stack([red, green, settle(x[:, 2] + c[:, 1] * red + c[:, 2] * green)], dim=1)
 
 @torch.no_grad()
-def calibrated(net, run, calls):
-    """A copy of net for evaluation. BatchNorm has the mean statistics of run(copy, i), i < calls."""
-    net = copy.deepcopy(net).train()
+def calibrated(net, images=None, temperature=1.0, calls=40):
+    """A copy of net for evaluation. Its BatchNorm has the mean statistics of a thousand training
+    images (uint8) or, without any, of `calls` times 64 samples at the temperature."""
+    net, g = copy.deepcopy(net).train(), torch.Generator(net.start.device).manual_seed(0)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_running_stats()
-            layer.momentum = None  # the plain mean
-    for i in range(calls):
-        run(net, i)
+            layer.momentum = None  # the plain mean of all calls
+    if images is None:
+        for _ in range(calls):
+            net.top_down(noise(g, net.start.device), 64, temperature=temperature)
+    else:
+        for x in images[:: max(1, len(images) // 1000)][:1000].split(100):
+            elbo(net, scaled(x), g)
     return net.eval()
 # ----------------------------------------------------------------------------------- bookkeeping
 def die(message):
@@ -378,27 +339,16 @@ def write_log(rows, folder):
     plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
 # ------------------------------------------------------------------------------------------ train
 TERMS = "reconstruction", "kl", "regulariser"
-CALLS = 40  # of the sampler, by 64 images, for BatchNorm's statistics
 def build(args, device):
     torch.manual_seed(args.seed)
     net = NVAE(args.width, args.groups, args.cells, args.outer, args.expand, args.flows, args.amp)
     return net.to(device, memory_format=torch.channels_last)
 @torch.no_grad()
-def test_loss(net, images):
-    """Minus the evidence lower bound of uint8 images, with fixed noise, in bits/dim."""
-    g, total = torch.Generator(images.device).manual_seed(0), 0.0
-    for x in images.split(100):
-        total += sum(term.sum().item() for term in elbo(net, scaled(x), g))
-    return total / len(images) / NATS
-def for_images(net, images):
-    """A copy with BatchNorm's statistics of a thousand training images, for evaluation."""
+def measure(net, images):
+    """-ln p(x|z) () and KL (G, n) of uint8 images, on average, in bits/dim, with fixed noise."""
     g = torch.Generator(images.device).manual_seed(0)
-    parts = scaled(images[:: max(1, len(images) // 1000)][:1000]).split(100)
-    return calibrated(net, lambda net, i: elbo(net, parts[i], g), len(parts))
-def for_sampling(net, temperature):
-    """A copy with BatchNorm's statistics of the sampler at this temperature."""
-    draw = noise(torch.Generator(net.start.device).manual_seed(0), net.start.device)
-    return calibrated(net, lambda net, i: net.top_down(draw, 64, temperature=temperature), CALLS)
+    parts = zip(*(elbo(net, scaled(x), g) for x in images.split(100)), strict=True)
+    return [torch.cat(part).double().mean(0) / NATS for part in parts]
 
 def train(args, state, device, out):
     """Start, or go on from the checkpoint `state`."""
@@ -421,7 +371,7 @@ def train(args, state, device, out):
         g.set_state(state["random"])
         losses[: len(state["losses"])] = state["losses"].to(device)
     for cell in net.modules() if args.compile else ():  # the whole has too many parts to compile
-        if isinstance(cell, EncoderCell | DecoderCell):
+        if isinstance(cell, Cell):
             cell.compile()
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
           f", step {step} of {total} on {device}{', bf16' * args.amp}; groups of latents: "
@@ -441,7 +391,7 @@ def train(args, state, device, out):
         tick, first = time.time(), step
         for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr)
-            beta = kl_weight(step, args.kl_warmup * steps)
+            beta = min(1.0, max(1e-4, step / (args.kl_warmup * steps + 1e-9)))
             reconstruction, kl = elbo(net, scaled(x), g)
             regulariser = args.spectral * spectral()
             loss = reconstruction.mean() + kl_loss(kl, beta, net.alpha) + regulariser
@@ -459,30 +409,27 @@ def train(args, state, device, out):
                 done = losses[: (step - 1) % steps + 1]
                 bad = (~done.isfinite().all(1)).nonzero().flatten().tolist()
                 if bad:
-                    found = zip(TERMS, done[bad[0]].tolist(), strict=True)
+                    found = dict(zip(TERMS, done[bad[0]].tolist(), strict=True))
                     raise FloatingPointError(
-                        f"loss ({', '.join(map('{0[0]} {0[1]:.3g}'.format, found))}) not finite at "
-                        f"step {(step - 1) // steps * steps + bad[0]}; {out} is as before: --resume"
-                        f" or start anew with --lr {args.lr / 3:.1g}")
-                bound = done[-1, :2].sum().item()
-                bar.set_postfix(loss=f"{bound:.3f}", epoch=f"{step / steps:.1f}")
+                        f"loss not finite at step {(step - 1) // steps * steps + bad[0]}: {found}; "
+                        f"{out} is as before: --resume or start anew with --lr {args.lr / 3:.1g}")
+                bar.set_postfix(loss=f"{done[-1, :2].sum():.3f}", epoch=f"{step / steps:.1f}")
                 shown = now
             if stop:
                 break
         seconds += time.time() - tick
         if step % steps == 0:
             rate = (step - first) * size / (time.time() - tick)
-            rows.append({
-                "epoch": step // steps, "images/s": rate, "seconds": seconds,
-                "train loss": losses.mean(0)[:2].sum().item(),
-                "test loss": test_loss(for_images(ema, images), test[:1000]),
-                **dict(zip(TERMS, losses.mean(0).tolist(), strict=True))})
+            means = dict(zip(TERMS, losses.mean(0).tolist(), strict=True))
+            bound = sum(part.sum().item() for part in measure(calibrated(ema, images), test[:1000]))
+            rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds, "train loss":
+                         means["reconstruction"] + means["kl"], "test loss": bound, **means})
             save()
             write_log(rows, out)
             bar.write("  ".join(f"{key} {value:.5g}" for key, value in rows[-1].items()))
         if step == total or step % (steps * args.sample_every) == 0:
             own = torch.Generator(device).manual_seed(args.seed)
-            x = sample(for_sampling(ema, args.temperature), 64, args.temperature, own)
+            x = sample(calibrated(ema, None, args.temperature), 64, args.temperature, own)
             save_grid(x, out / f"samples_{step // steps:04d}.png")
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -493,18 +440,16 @@ def train(args, state, device, out):
     draw_pictures(args, ema, images, test, out)
 # ------------------------------------------------------------------------------------------- uses
 @torch.no_grad()
-def sample(net, count, temperature, g=None, draw=None):
-    """uint8 images from p at a temperature; draw(shape) may stand in for normal noise."""
-    draw = draw or noise(g, net.start.device)
-    logits, _ = net.top_down(draw, count, temperature=temperature)
+def sample(net, count, temperature, g=None):
+    """uint8 images (count, 3, 32, 32) from a network calibrated for this temperature."""
+    logits, _ = net.top_down(noise(g, net.start.device), count, temperature=temperature)
     return quantise(dmol_sample(logits, temperature, g))
-
 @torch.no_grad()
 def draw_pictures(args, net, images, test, out):
     """Reconstructions, samples by temperature, and what each scale of latents holds."""
     from common import save_grid
-    own, device = torch.Generator(images.device), images.device
-    draw, x, seen = noise(own.manual_seed(args.seed), device), test[:32], for_images(net, images)
+    g, x, seen = torch.Generator(images.device), test[:32], calibrated(net, images)
+    draw = noise(g.manual_seed(args.seed), images.device)
     logits, groups = seen.top_down(draw, len(x), seen.bottom_up(scaled(x)))
     pairs = torch.stack([x, quantise(dmol_mean(logits))], dim=1)  # originals left of their copies
     save_grid(pairs.flatten(0, 1), out / "reconstructions.png")
@@ -515,38 +460,19 @@ def draw_pictures(args, net, images, test, out):
             logits, _ = seen.top_down(draw, 7, z=z, temperature=args.temperature)
             rows += [x[i:i + 1], quantise(dmol_mean(logits))]
     save_grid(torch.cat(rows), out / "scales.png")
-    rows = [sample(for_sampling(net, t), 8, t, own.manual_seed(args.seed))
-            for t in (0.6, 0.7, 0.8, 0.9, 1.0)]
+    rows = [sample(calibrated(net, None, t / 10), 8, t / 10, g.manual_seed(args.seed))
+            for t in range(6, 11)]
     save_grid(torch.cat(rows), out / "temperatures.png")
 
 @torch.no_grad()
-def evaluate(args, net, test, g, out):
-    """Prints bits/dim, KL by group and the units in use; draws the KL."""
-    from matplotlib.figure import Figure
-    parts = zip(*(elbo(net, scaled(x), g) for x in test.split(100)), strict=True)
-    reconstruction, kl = (torch.cat(part).double().mean(0) / NATS for part in parts)
-    active = (kl * NATS > 0.1).sum(1)  # maps of latents that tell 0.1 nats of an image, or more
-    for i, bits in enumerate(kl.sum(1).tolist()):
-        print(f"group {i + 1:3}  KL {bits:.4f} bits/dim  active units {active[i]} of {kl.shape[1]}")
-    axes = Figure(layout="constrained").add_subplot(
-        xlabel=f"group, of {len(net.scales)} scales from coarse to fine", ylabel="KL, bits/dim")
-    axes.bar(range(1, len(kl) + 1), kl.sum(1).tolist())
-    axes.figure.savefig(out / "kl_by_group.png")
-    print(f"ELBO {reconstruction + kl.sum():.4f} bits/dim: reconstruction {reconstruction:.4f}, "
-          f"KL {kl.sum():.4f}, of {len(test)} test images")
-    few = test[: args.iw_images]
-    bits = torch.cat([-iw_bound(log_weights(net, scaled(x), g), args.iw) for x in few.split(100)])
-    print(f"IW bound, K = {args.iw}: {bits.mean() / NATS:.4f} bits/dim, of {len(few)} test images "
-          f"whose ELBO is {test_loss(net, few):.4f}")
-
 def apply(args, state, device, out):
     """What --generate, --interpolate and --evaluate do with the trained weights."""
+    from matplotlib.figure import Figure
     from common import export, load, save_grid
     net = build(args, device).requires_grad_(False)
     net.load_state_dict(state["ema"])
     g, t = torch.Generator(device).manual_seed(args.seed), args.temperature
-    if args.generate or args.interpolate:
-        sampler = for_sampling(net, t)
+    sampler = calibrated(net, None, t) if args.generate or args.interpolate else None
     for start in range(0, args.generate or 0, 256):
         x = sample(sampler, min(256, args.generate - start), t, g)
         export(x, out / "generated", start)
@@ -562,7 +488,20 @@ def apply(args, state, device, out):
         save_grid(quantise(dmol_mean(logits)), out / "interpolate.png")
     if args.evaluate:
         images, test = (split.to(device) for split in load(args.data, args.subset))
-        evaluate(args, for_images(net, images), test, g, out)
+        seen, few = calibrated(net, images), test[: args.iw_images]
+        reconstruction, kl = measure(seen, test)
+        active, groups = (kl * NATS > 0.1).sum(1), kl.sum(1).tolist()  # maps that tell 0.1 nats
+        for i, bits in enumerate(groups):
+            print(f"group {i + 1:3}  KL {bits:.4f} bits/dim  active units {active[i]} of 20")
+        axes = Figure().add_subplot(xlabel="group, from coarse to fine", ylabel="KL, bits/dim")
+        axes.bar(range(1, len(groups) + 1), groups)
+        axes.figure.savefig(out / "kl_by_group.png")
+        print(f"ELBO {reconstruction + kl.sum():.4f} bits/dim: reconstruction {reconstruction:.4f},"
+              f" KL {kl.sum():.4f}, of {len(test)} test images")
+        bound = torch.cat([iw_bound(log_weights(seen, scaled(x), g), args.iw)
+                           for x in few.split(100)]).mean() / -NATS
+        print(f"IW bound, K = {args.iw}: {bound:.4f} bits/dim, of {len(few)} test images whose ELBO"
+              f" is {sum(part.sum() for part in measure(seen, few)):.4f}")
 # -------------------------------------------------------------------------------------------- CLI
 KEPT = ["width", "groups", "cells", "outer", "expand", "flows", "data", "subset", "batch_size",
         "epochs", "lr", "ema", "seed", "sample_every", "kl_warmup", "spectral", "temperature"]
@@ -596,7 +535,7 @@ def parse(argv=None):
     flag("--generate", None, "only write that many samples as PNG files", type=int, metavar="N")
     flag("--evaluate", False, "only measure on the test images", **tick)
     group = parser.add_argument_group(NAME)
-    flag("--width", 64, "channels at 32x32, half of those at lower resolutions")
+    flag("--width", 64, "channels at 32x32, twice as many at lower resolutions")
     flag("--groups", [12, 8], "of latents, at 16x16, 8x8, ...",
          type=lambda text: [int(n) for n in text.split(",")], metavar="N,N,...")
     flag("--cells", 1, "residual cells each way a group")
@@ -623,7 +562,7 @@ def parse(argv=None):
     elif path.exists():
         die(f"{path} is there already: go on with --resume, or name another folder with --out")
     for key, value in vars(args).items():
-        zero = "subset lr seed time_limit flows kl_warmup spectral".split()
+        zero = ("subset", "lr", "seed", "time_limit", "flows", "kl_warmup", "spectral")
         low = 0 if key in zero else 1e-9  # above 0
         if type(value) in (int, float) and not low <= value < 2**31:
             die(f"--{key.replace('_', '-')} {value} is out of range")
