@@ -8,29 +8,26 @@ An encoder goes bottom-up over x and keeps a feature map for each group. One top
 training and sampling: it starts in a learned tensor h; group i puts h through residual cells, reads
 p(z_i | z_<i) = N(mu, sigma^2) off h, takes z_i, from q where there is an image and else from p, and
 adds it to h, which after the last group gives p(x|z). q is relative to p (section 3.2): the encoder
-adds to mu and ln sigma of p. Of both, all are then clamped smoothly,
-    mu = 5 tanh(mu / 5)       sigma = exp(5 tanh(ln sigma / 5)) + 0.01
+adds to mu and ln sigma of p, before mu = 5 tanh(mu / 5), sigma = exp(5 tanh(ln sigma / 5)) + .01.
 The loss, in nats an image, is minus the bound and a price on steep functions of x and z:
-    loss = -ln p(x|z) + beta sum_i gamma_i KL_i + lambda (sum_W s(W) + sum_BN max |g|),    z ~ q
-    KL_i = KL(q(z_i | z_<i, x) || p(z_i | z_<i))
+    loss = -ln p(x|z) + beta sum_i gamma_i KL(q(z_i | z_<i, x) || p(z_i | z_<i)) + lambda R,  z ~ q
 beta rises from 0 to 1 while training warms up; meanwhile gamma shares the burden among the groups
-(appendix A), afterwards gamma = 1. s(W) is the largest singular value of a convolution, by power
-iteration, and g are BatchNorm's factors. p(x|z) mixes ten discretised logistics (Salimans et al.
-2017, arXiv:1701.05517): byte v of a colour, at x = v / 127.5 - 1, has in each of them
+(appendix A), afterwards gamma = 1. R sums the largest singular values of all convolutions, by power
+iteration, and the largest factors of all BatchNorms. p(x|z) mixes ten discretised logistics
+(Salimans et al. 2017, arXiv:1701.05517): byte v of a colour, at x = v / 127.5 - 1, has in each
     P(v) = S((x - m + 1/255) / s) - S((x - m - 1/255) / s),     S(a) = 1 / (1 + exp(-a))
 where m depends on the colours before it; bytes 0 and 255 take the tails besides. Bits per dimension
-are nats / (3072 ln 2). K draws of z give a tighter bound (Burda et al. 2016, arXiv:1509.00519):
-    ln p(x) >= E ln mean_k p(x|z_k) p(z_k) / q(z_k|x),    z_k ~ q
+are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016, arXiv:1509.00519):
+    ln p(x) >= E ln mean_k p(x|z_k) p(z_k) / q(z_k|x)
     python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000 --temperature 0.7          PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
     python nvae.py --width 128 --groups 30 --cells 2 --flows 1 --epochs 400      the paper's network
-Not as in the paper: one width at all latent scales, z is added to h, not concatenated; all priors
-are learned; EMA; P(v) exact also at byte 254 and far from m; flows that scale; one power iteration
-a step; no weight decay; a temperature of pixels that narrows them below 1.
+Not as in the paper: one width at all latent scales, z added to h, all priors learned, flows that
+scale, P(v) exact also at byte 254 and far from m, EMA, no weight decay, one power iteration a step.
 Notation: B batch, C channels, H W pixels, G groups, n latents, M mixtures; x is (B, 3, 32, 32)."""
 import argparse, copy, math, os, signal, sys, time
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 import torch
 from torch import nn
@@ -38,11 +35,10 @@ from torch.nn.functional import conv2d, elu, logsigmoid, normalize
 NAME = "nvae"
 NATS = 3072 * math.log(2)  # of an image, to one bit per dimension
 # ---------------------------------------------------------------------------------------- network
-def norm(channels):
-    return nn.BatchNorm2d(channels, momentum=0.05)
+norm = nn.BatchNorm2d  # its running means are not used: calibrated() takes plain ones
 class Cell(nn.Module):
-    """Residual cell, (B, cin, H, W) -> (B, cout, H', W'). Last, squeeze and excitation multiplies
-    each channel by a number in (0, 1) that depends on the means of all channels."""
+    """Residual cell, (B, cin, H, W) -> (B, cout, H', W'), gated by squeeze and excitation: each
+    channel is multiplied by a number in (0, 1) that depends on the means of all channels."""
     def __init__(self, cout, skip, *body):
         super().__init__()
         self.skip, self.body, hidden = skip, nn.Sequential(*body), max(cout // 16, 4)
@@ -66,11 +62,10 @@ def decoder_cell(cin, cout, expand=6, up=False):
                 norm(cin), nn.Conv2d(cin, wide, 1, bias=False), norm(wide), nn.SiLU(), grow,
                 nn.Conv2d(wide, wide, 5, padding=2, groups=wide, bias=False), norm(wide), nn.SiLU(),
                 nn.Conv2d(wide, cout, 1, bias=False), norm(cout))
-
 class Flow(nn.Module):
     """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): z (B, n, H, W), context
-    (B, C, H, W) -> z' = exp(a) z + b, and a, which sums to ln |det dz'/dz|. In raster order, turned
-    about or not, a and b depend on the context, pixels before and, at the pixel, latents before."""
+    (B, C, H, W) -> exp(a) z + b, and a, the log-determinant elementwise. a and b depend on the
+    context, on pixels before in raster order (turned: behind) and, at a pixel, latents before."""
     def __init__(self, latents, channels, turned):
         super().__init__()
         self.axes, hidden = (1, 2, 3) if turned else (), 4 * latents
@@ -84,10 +79,9 @@ class Flow(nn.Module):
     def forward(self, z, context):
         h = conv2d(z.flip(self.axes), self.first.weight * self.mask, self.first.bias, padding=1)
         h = self.last(elu(h + self.context(context).flip(self.axes[1:]))).to(z.dtype)
-        a, b = h.unflatten(1, (-1, 2)).flip(self.axes[:1]).unbind(2)
-        a, b = 2 * torch.tanh(a / 2).flip(self.axes[1:]), b.flip(self.axes[1:])
+        a, b = (part.flip(self.axes) for part in h.unflatten(1, (-1, 2)).unbind(2))
+        a = 2 * torch.tanh(a / 2)
         return a.exp() * z + b, a
-
 class Group(nn.Module):
     """What the top-down path has for one z_i: cells, and the layers that read p and q and add z."""
     def __init__(self, cells, channels, latents, flows):
@@ -98,11 +92,12 @@ class Group(nn.Module):
         self.posterior = nn.Conv2d(channels, 2 * latents, 3, padding=1)
         self.flows = nn.ModuleList(Flow(latents, channels, k % 2 == 1) for k in range(flows))
         self.merge = nn.Conv2d(latents, channels, 1)
+        for layer in self.prior[1], self.posterior, *(flow.last for flow in self.flows):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # q = p, flows change nothing
 def normal(parameters, temperature=1.0):
     """(mu, sigma) of (B, n, H, W) each from (B, 2 n, H, W), clamped smoothly."""
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return mu, temperature * (log_sigma.exp() + 0.01)
-
 class NVAE(nn.Module):
     """groups: of latents at 16x16, 8x8, ...; width: channels at 32x32, twice as many elsewhere;
     cells: residual cells each way a group; outer: those at 32x32; latents: n."""
@@ -111,10 +106,10 @@ class NVAE(nn.Module):
         super().__init__()
         self.amp, self.scales, c, wide = amp, groups, 2 * width, max(1, expand // 2)
         places = [(scale, i) for scale, count in enumerate(groups) for i in range(count)]
-        self.stem, size = nn.Conv2d(3, width, 3, padding=1), 32 >> len(groups)
-        self.before = nn.Sequential(*(encoder_cell(width, width) for _ in range(outer - 1)),
-                                    encoder_cell(width, c, down=True))
-        self.start = nn.Parameter(torch.randn(1, c, size, size))
+        more = [encoder_cell(width, width) for _ in range(outer - 1)]
+        self.before = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), *more, encoder_cell(width, c, down=True))
+        self.start = nn.Parameter(torch.randn(1, c, 32 >> len(groups), 32 >> len(groups)))
         self.encoder, self.groups = nn.ModuleList(), nn.ModuleList()
         for scale, i in places:  # from fine to coarse
             down = [encoder_cell(c, c, down=True)] if scale and i == 0 else []
@@ -124,38 +119,31 @@ class NVAE(nn.Module):
             if self.groups and i == groups[scale] - 1:
                 more = [decoder_cell(c, c, expand, up=True), *more]
             self.groups.append(Group(more, c, latents, flows))
-        alpha = [4.0**-scale / groups[scale] for scale, _ in places[::-1]]  # due shares of KL
-        self.register_buffer("alpha", torch.tensor(alpha))
-        self.after = nn.Sequential(
-            decoder_cell(c, width, wide, up=True),
-            *(decoder_cell(width, width, wide) for _ in range(outer - 1)),
-            nn.ELU(), nn.Conv2d(width, 100, 3, padding=1))
-        for name, parameter in self.named_parameters():  # at first q = p, flows are the identity
-            if any(end in name for end in ("prior.1.", "posterior.", "last.")):
-                nn.init.zeros_(parameter)
+        self.register_buffer("alpha", torch.tensor([4.0**-s / groups[s] for s, _ in places[::-1]]))
+        more = [decoder_cell(width, width, wide) for _ in range(outer - 1)]
+        self.after = nn.Sequential(decoder_cell(c, width, wide, up=True), *more, nn.ELU(),
+                                   nn.Conv2d(width, 100, 3, padding=1))
     def bottom_up(self, x):
         """x (B, 3, 32, 32) in [-1, 1] -> what each group may know of it, a list (B, C, H, W)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            h = self.before(self.stem(x))
-            return list(accumulate(self.encoder, lambda h, cells: cells(h), initial=h))[:0:-1]
+            return list(accumulate(self.encoder, lambda h, f: f(h), initial=self.before(x)))[:0:-1]
     def top_down(self, draw, count, features=None, z=(), temperature=1.0):
         """The generative path for `count` images: logits of p(x|z) (B, 10 M, 32, 32) and groups.
-        z_i is given or, past those given, of q if there are features, else of p, whose sigma is
-        multiplied by the temperature. draw(shape) gives standard normal noise. Of every group there
-        is a dict: z; p and, with features, q, each (mu, sigma); z0 ~ q and ln |dz/dz0| of flows."""
+        z_i is given or, past those given, of q if there are features, else of p, whose sigma the
+        temperature multiplies. draw(shape) gives normal noise. A group is a dict: z; p and, with
+        features, q, (mu, sigma) each; z0, from which flows made z; log_det, their ln |dz/dz0|."""
         groups = []
         with torch.autocast(self.start.device.type, torch.bfloat16, enabled=self.amp):
             h = self.start.expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
             for i, group in enumerate(self.groups):
                 h = group.cells(h)
                 parameters = group.prior(h).float()  # distributions are fp32
-                this = {"p": normal(parameters, temperature)}
+                this = {"p": normal(parameters, temperature), "log_det": 0.0}
                 if features:
                     context = features[i] + group.mix(h)
                     this["q"] = normal(parameters + group.posterior(context).float())
                 mu, sigma = this.get("q", this["p"])
                 this["z0"] = this["z"] = z[i] if i < len(z) else mu + sigma * draw(mu.shape)
-                this["log_det"] = 0.0
                 for flow in group.flows if features and i >= len(z) else ():
                     this["z"], a = flow(this["z"], context)
                     this["log_det"] = this["log_det"] + a
@@ -163,11 +151,9 @@ class NVAE(nn.Module):
                 groups.append(this)
             return self.after(h).float().contiguous(), groups
 # ------------------------------------------------------------------------------------------- loss
-def scaled(images):
-    """uint8 -> float, bytes 0 ... 255 evenly over [-1, 1], so a bin is 2/255 wide."""
+def scaled(images):  # uint8 -> float, bytes 0 ... 255 evenly over [-1, 1]: a bin is 2/255 wide
     return images / 127.5 - 1
-def quantise(x):
-    """Float -> uint8, the byte nearest to x."""
+def quantise(x):  # float -> uint8, the nearest byte
     return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 def mixture(logits):
     """(B, 10 M, H, W) -> weights (B, M, H, W); means, ln s, coefficients (B, 3, M, H, W) each."""
@@ -175,7 +161,6 @@ def mixture(logits):
     weights, rest = logits.split([count, 9 * count], dim=1)
     means, log_s, c = rest.unflatten(1, (3, 3, count)).unbind(1)
     return weights, means, log_s.clamp(min=-7), torch.tanh(c)
-
 def dmol_log_prob(logits, x):
     """ln p(x|z) (B,) of x (B, 3, H, W) in [-1, 1], one of the 256 values of scaled().
     S(a) - S(b) = S(a) S(-b) (1 - exp(b - a)) is exact however far x is from m. The lowest bin has
@@ -199,27 +184,24 @@ def log_ratio(group):
     log_q = -0.5 * ((group["z0"] - mu) / sigma) ** 2 - sigma.log() - group["log_det"]
     return log_q + 0.5 * ((group["z"] - mu_p) / sigma_p) ** 2 + sigma_p.log()
 def elbo(net, x, generator=None):
-    """(-ln p(x|z) (B,), KL_i (B, G, n)) in nats; minus their sum is the evidence lower bound.
-    The KL is analytic, but with flows an estimate from the one z."""
+    """-ln p(x|z) (B,) and KL_i (B, G, n) in nats, analytic or, with flows, estimated from one z."""
     logits, groups = net.top_down(noise(generator, x.device), len(x), net.bottom_up(x))
     kl = [log_ratio(z) if net.groups[0].flows else kl_normal(z["q"], z["p"]) for z in groups]
     return -dmol_log_prob(logits, x), torch.stack([term.sum((2, 3)) for term in kl], dim=1)
 def kl_loss(kl, beta, alpha):
-    """beta sum_i gamma_i mean KL_i of kl (B, G, n). While beta < 1, gamma_i grows with KL_i over
-    its due alpha_i, so that no group is left out and none does all the work (appendix A)."""
-    kl = kl.sum(2)
+    """beta sum_i gamma_i mean KL_i of kl (B, G). While beta < 1, gamma_i grows with KL_i over
+    alpha_i, its share of pixels, so that no group does nothing and none all (appendix A)."""
     gamma = (kl.detach().abs().mean(0) + 0.01) / alpha
     gamma = gamma / gamma.mean() if beta < 1 else torch.ones_like(gamma)
     return beta * (gamma * kl.mean(0)).sum()
-
 class Spectral(nn.Module):
-    """sum_W s(W) + sum_BN max |g| over a network's convolutions, matrices (C_out, rest), and
-    BatchNorms. Matrices of one shape are stacked, and their singular vectors u kept from step to
-    step for power iteration. The gradient of s = u . W v passes W alone."""
+    """R = sum s(W) + sum max |g| over a network's convolutions W, as matrices (C_out, rest), and
+    BatchNorms' factors g. Matrices of one shape are stacked, and their singular vectors u kept from
+    step to step for power iteration. The gradient of s = u . W v passes W alone."""
     def __init__(self, net, iterations=40):
         super().__init__()
         self.stacks, layers = {}, list(net.modules())
-        self.factors = [layer.weight for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+        self.factors = [layer.weight for layer in layers if isinstance(layer, norm)]
         for w in (layer.weight for layer in layers if isinstance(layer, nn.Conv2d)):
             self.stacks.setdefault(f"{len(w)}x{w[0].numel()}", []).append(w)
         for shape, stack in self.stacks.items():
@@ -236,24 +218,17 @@ class Spectral(nn.Module):
                     u.copy_(normalize(w @ v, dim=1))
             total = total + (u.clone() * (w @ v)).sum()
         return total
-def iw_bound(log_weight, k):
-    """ln mean of k weights (B,), from k calls of log_weight() -> ln p(x|z) p(z) / q(z|x) (B,)."""
-    total = log_weight()
-    for _ in range(k - 1):
-        total = torch.logaddexp(total, log_weight())
+def iw_bound(net, x, k, generator=None):
+    """ln mean_k p(x|z_k) p(z_k) / q(z_k|x), (B,) in nats, over k draws of z; x is encoded once."""
+    features, total = net.bottom_up(x), x.new_full((len(x),), -math.inf)
+    for _ in range(k):
+        logits, groups = net.top_down(noise(generator, x.device), len(x), features)
+        ratio = sum(log_ratio(group).sum((1, 2, 3)) for group in groups)
+        total = torch.logaddexp(total, dmol_log_prob(logits, x) - ratio)  # as a stream
     return total - math.log(k)
-def log_weights(net, x, generator=None):
-    """What iw_bound takes: x is encoded once, z drawn at each call."""
-    features, draw = net.bottom_up(x), noise(generator, x.device)
-    def log_weight():
-        logits, groups = net.top_down(draw, len(x), features)
-        return dmol_log_prob(logits, x) - sum(log_ratio(z).sum((1, 2, 3)) for z in groups)
-    return log_weight
 # --------------------------------------------------------------------------------------- samplers
-def noise(generator=None, device=None):
-    """draw(shape) for top_down."""
+def noise(generator=None, device=None):  # draw(shape) for top_down
     return lambda shape: torch.randn(shape, generator=generator, device=device)
-
 def dmol_sample(logits, temperature=1.0, generator=None):
     """x (B, 3, H, W) ~ p(x|z) of (B, 10 M, H, W), on the 256 values of scaled(). The temperature
     multiplies s. Colours follow each other, each given the rounded and clamped ones before it."""
@@ -273,16 +248,13 @@ def in_turn(x, c, settle):
     red = settle(x[:, 0])
     green = settle(x[:, 1] + c[:, 0] * red)
     return torch.stack([red, green, settle(x[:, 2] + c[:, 1] * red + c[:, 2] * green)], dim=1)
-
-@torch.no_grad()
 def calibrated(net, images=None, temperature=1.0, calls=40):
     """A copy of net for evaluation. Its BatchNorm has the mean statistics of a thousand training
     images (uint8) or, without any, of `calls` times 64 samples at the temperature."""
     net, g = copy.deepcopy(net).train(), torch.Generator(net.start.device).manual_seed(0)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.reset_running_stats()
-            layer.momentum = None  # the plain mean of all calls
+    for layer in (layer for layer in net.modules() if isinstance(layer, norm)):
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain mean of all calls
     if images is None:
         for _ in range(calls):
             net.top_down(noise(g, net.start.device), 64, temperature=temperature)
@@ -338,17 +310,16 @@ def write_log(rows, folder):
     losses = {key: [row[key] for row in rows] for key in rows[0] if "loss" in key}
     plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
 # ------------------------------------------------------------------------------------------ train
-TERMS = "reconstruction", "kl", "regulariser"
+TERMS = "train loss", "reconstruction", "kl", "regulariser"  # the first is a sum of two
 def build(args, device):
     torch.manual_seed(args.seed)
     net = NVAE(args.width, args.groups, args.cells, args.outer, args.expand, args.flows, args.amp)
     return net.to(device, memory_format=torch.channels_last)
-@torch.no_grad()
 def measure(net, images):
     """-ln p(x|z) () and KL (G, n) of uint8 images, on average, in bits/dim, with fixed noise."""
     g = torch.Generator(images.device).manual_seed(0)
     parts = zip(*(elbo(net, scaled(x), g) for x in images.split(100)), strict=True)
-    return [torch.cat(part).double().mean(0) / NATS for part in parts]
+    return [torch.cat(part).double().mean(0).cpu() / NATS for part in parts]
 
 def train(args, state, device, out):
     """Start, or go on from the checkpoint `state`."""
@@ -370,12 +341,10 @@ def train(args, state, device, out):
             part.load_state_dict(state[key])
         g.set_state(state["random"])
         losses[: len(state["losses"])] = state["losses"].to(device)
-    for cell in net.modules() if args.compile else ():  # the whole has too many parts to compile
-        if isinstance(cell, Cell):
-            cell.compile()
+    for cell in (part for part in net.modules() if args.compile and isinstance(part, Cell)):
+        cell.compile()  # for all at once would be a very long program
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
-          f", step {step} of {total} on {device}{', bf16' * args.amp}; groups of latents: "
-          + ", ".join(f"{n} at {16 >> i}x{16 >> i}" for i, n in enumerate(args.groups)))
+          f", step {step} of {total} on {device}{', bf16' * args.amp}")
     out.mkdir(parents=True, exist_ok=True)
     def save():
         save_checkpoint(out / "checkpoint.pt", {
@@ -394,13 +363,13 @@ def train(args, state, device, out):
             beta = min(1.0, max(1e-4, step / (args.kl_warmup * steps + 1e-9)))
             reconstruction, kl = elbo(net, scaled(x), g)
             regulariser = args.spectral * spectral()
-            loss = reconstruction.mean() + kl_loss(kl, beta, net.alpha) + regulariser
+            loss = reconstruction.mean() + kl_loss(kl.sum(2), beta, net.alpha) + regulariser
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             update_ema(ema, net, step, args.ema * total)
             terms = reconstruction.mean(), kl.sum((1, 2)).mean(), regulariser
-            losses[step % steps] = torch.stack(terms).detach() / NATS
+            losses[step % steps] = torch.stack([terms[0] + terms[1], *terms]).detach() / NATS
             step, now = step + 1, time.time()
             bar.update(size)
             if args.time_limit is not None and now - begin > 60 * args.time_limit:
@@ -409,27 +378,26 @@ def train(args, state, device, out):
                 done = losses[: (step - 1) % steps + 1]
                 bad = (~done.isfinite().all(1)).nonzero().flatten().tolist()
                 if bad:
-                    found = dict(zip(TERMS, done[bad[0]].tolist(), strict=True))
                     raise FloatingPointError(
-                        f"loss not finite at step {(step - 1) // steps * steps + bad[0]}: {found}; "
-                        f"{out} is as before: --resume or start anew with --lr {args.lr / 3:.1g}")
-                bar.set_postfix(loss=f"{done[-1, :2].sum():.3f}", epoch=f"{step / steps:.1f}")
+                        f"loss not finite at step {(step - 1) // steps * steps + bad[0]} ("
+                        f"{', '.join(TERMS[1:])}: {done[bad[0], 1:].tolist()} bits/dim); {out} is "
+                        f"as before: --resume or start anew with --lr {args.lr / 3:.1g}")
+                bar.set_postfix(loss=f"{done[-1, 0]:.3f}", epoch=f"{step / steps:.1f}")
                 shown = now
             if stop:
                 break
         seconds += time.time() - tick
         if step % steps == 0:
             rate = (step - first) * size / (time.time() - tick)
-            means = dict(zip(TERMS, losses.mean(0).tolist(), strict=True))
             bound = sum(part.sum().item() for part in measure(calibrated(ema, images), test[:1000]))
-            rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds, "train loss":
-                         means["reconstruction"] + means["kl"], "test loss": bound, **means})
+            rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds, "test loss":
+                         bound, **dict(zip(TERMS, losses.mean(0).tolist(), strict=True))})
             save()
             write_log(rows, out)
             bar.write("  ".join(f"{key} {value:.5g}" for key, value in rows[-1].items()))
         if step == total or step % (steps * args.sample_every) == 0:
-            own = torch.Generator(device).manual_seed(args.seed)
-            x = sample(calibrated(ema, None, args.temperature), 64, args.temperature, own)
+            fixed, t = torch.Generator(device).manual_seed(args.seed), args.temperature
+            x = sample(calibrated(ema, None, t), 64, t, fixed)
             save_grid(x, out / f"samples_{step // steps:04d}.png")
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -439,32 +407,28 @@ def train(args, state, device, out):
         raise SystemExit(130 if stop[0] == "interrupted" else 0)
     draw_pictures(args, ema, images, test, out)
 # ------------------------------------------------------------------------------------------- uses
-@torch.no_grad()
 def sample(net, count, temperature, g=None):
     """uint8 images (count, 3, 32, 32) from a network calibrated for this temperature."""
     logits, _ = net.top_down(noise(g, net.start.device), count, temperature=temperature)
     return quantise(dmol_sample(logits, temperature, g))
-@torch.no_grad()
 def draw_pictures(args, net, images, test, out):
     """Reconstructions, samples by temperature, and what each scale of latents holds."""
     from common import save_grid
     g, x, seen = torch.Generator(images.device), test[:32], calibrated(net, images)
-    draw = noise(g.manual_seed(args.seed), images.device)
+    draw, rows = noise(g.manual_seed(args.seed), x.device), []
     logits, groups = seen.top_down(draw, len(x), seen.bottom_up(scaled(x)))
     pairs = torch.stack([x, quantise(dmol_mean(logits))], dim=1)  # originals left of their copies
     save_grid(pairs.flatten(0, 1), out / "reconstructions.png")
-    rows = []  # for each of four images, itself and seven draws of all groups below each scale
-    for i in range(min(4, len(x))):
-        for known in accumulate(net.scales[::-1]):
-            z = [group["z"][i:i + 1].expand(7, -1, -1, -1) for group in groups[:known]]
-            logits, _ = seen.top_down(draw, 7, z=z, temperature=args.temperature)
-            rows += [x[i:i + 1], quantise(dmol_mean(logits))]
+    # A row for each scale of four images: the image, and seven draws of all groups below the scale.
+    for i, known in product(range(min(4, len(x))), accumulate(net.scales[::-1])):
+        z = [group["z"][i:i + 1].expand(7, -1, -1, -1) for group in groups[:known]]
+        logits, _ = seen.top_down(draw, 7, z=z, temperature=args.temperature)
+        rows += [x[i:i + 1], quantise(dmol_mean(logits))]
     save_grid(torch.cat(rows), out / "scales.png")
     rows = [sample(calibrated(net, None, t / 10), 8, t / 10, g.manual_seed(args.seed))
-            for t in range(6, 11)]
+            for t in (6, 7, 8, 9, 10)]
     save_grid(torch.cat(rows), out / "temperatures.png")
 
-@torch.no_grad()
 def apply(args, state, device, out):
     """What --generate, --interpolate and --evaluate do with the trained weights."""
     from matplotlib.figure import Figure
@@ -482,26 +446,25 @@ def apply(args, state, device, out):
     if args.interpolate:  # each row along the sphere between two draws of noise, group by group
         angle = torch.linspace(0, math.pi / 2, 8, device=device)[:, None, None, None]
         def between(shape):
-            ends = torch.randn(2, 8, 1, *shape[1:], generator=g, device=device)
-            return (angle.cos() * ends[0] + angle.sin() * ends[1]).flatten(0, 1)
+            a, b = torch.randn(2, 8, 1, *shape[1:], generator=g, device=device)
+            return (angle.cos() * a + angle.sin() * b).flatten(0, 1)
         logits, _ = sampler.top_down(between, 64, temperature=t)
         save_grid(quantise(dmol_mean(logits)), out / "interpolate.png")
     if args.evaluate:
         images, test = (split.to(device) for split in load(args.data, args.subset))
         seen, few = calibrated(net, images), test[: args.iw_images]
         reconstruction, kl = measure(seen, test)
-        active, groups = (kl * NATS > 0.1).sum(1), kl.sum(1).tolist()  # maps that tell 0.1 nats
-        for i, bits in enumerate(groups):
-            print(f"group {i + 1:3}  KL {bits:.4f} bits/dim  active units {active[i]} of 20")
         axes = Figure().add_subplot(xlabel="group, from coarse to fine", ylabel="KL, bits/dim")
-        axes.bar(range(1, len(groups) + 1), groups)
+        for i, units in enumerate(kl, 1):  # active is a unit that tells 0.1 nats of an image
+            axes.bar(i, units.sum().item(), color="C0")
+            active = f"{(units * NATS > 0.1).sum()} of {len(units)}"
+            print(f"group {i:3}  KL {units.sum():.4f} bits/dim  active units {active}")
         axes.figure.savefig(out / "kl_by_group.png")
         print(f"ELBO {reconstruction + kl.sum():.4f} bits/dim: reconstruction {reconstruction:.4f},"
               f" KL {kl.sum():.4f}, of {len(test)} test images")
-        bound = torch.cat([iw_bound(log_weights(seen, scaled(x), g), args.iw)
-                           for x in few.split(100)]).mean() / -NATS
-        print(f"IW bound, K = {args.iw}: {bound:.4f} bits/dim, of {len(few)} test images whose ELBO"
-              f" is {sum(part.sum() for part in measure(seen, few)):.4f}")
+        bits = torch.cat([iw_bound(seen, scaled(x), args.iw, g) for x in few.split(100)]) / -NATS
+        print(f"IW bound, K = {args.iw}: {bits.mean():.4f} bits/dim, of {len(few)} test images "
+              f"whose ELBO is {sum(part.sum() for part in measure(seen, few)):.4f}")
 # -------------------------------------------------------------------------------------------- CLI
 KEPT = ["width", "groups", "cells", "outer", "expand", "flows", "data", "subset", "batch_size",
         "epochs", "lr", "ema", "seed", "sample_every", "kl_warmup", "spectral", "temperature"]
@@ -562,8 +525,7 @@ def parse(argv=None):
     elif path.exists():
         die(f"{path} is there already: go on with --resume, or name another folder with --out")
     for key, value in vars(args).items():
-        zero = ("subset", "lr", "seed", "time_limit", "flows", "kl_warmup", "spectral")
-        low = 0 if key in zero else 1e-9  # above 0
+        low = 1e-9 * (key not in "subset lr seed time_limit flows kl_warmup spectral".split())
         if type(value) in (int, float) and not low <= value < 2**31:
             die(f"--{key.replace('_', '-')} {value} is out of range")
     if not 1 <= len(args.groups) <= 4 or min(args.groups) < 1:
