@@ -231,10 +231,10 @@ def noise(generator=None, device=None):  # draw(shape) for top_down
     return lambda shape: torch.randn(shape, generator=generator, device=device)
 def dmol_sample(logits, temperature=1.0, generator=None):
     """x (B, 3, H, W) ~ p(x|z) of (B, 10 M, H, W), on the 256 values of scaled(). The temperature
-    multiplies s. Colours follow each other, each given the rounded and clamped ones before it."""
+    multiplies s and divides the mixture's logits. Colours follow the rounded ones before."""
     weights, *parts = mixture(logits)
     u = torch.rand(weights.shape, generator=generator, device=logits.device).clamp(1e-20, 1 - 1e-7)
-    k = (weights - (-u.log()).log()).argmax(1)[:, None, None]  # Gumbel-max
+    k = (weights / temperature - (-u.log()).log()).argmax(1)[:, None, None]  # Gumbel-max
     means, log_s, c = (part.gather(2, k.expand(-1, 3, -1, -1, -1))[:, :, 0] for part in parts)
     u = torch.rand(means.shape, generator=generator, device=logits.device).clamp(1e-5, 1 - 1e-5)
     x = means + temperature * log_s.exp() * torch.logit(u)  # (B, 3, H, W)

@@ -59,7 +59,7 @@ def brute_force(weights, means, log_s, c, x):
     return math.log(total)
 
 @pytest.mark.parametrize("colour", [0, 1, 2])
-@pytest.mark.parametrize("mean", [-3.0, -1.0, -0.999, -0.3, 0.0, 0.9, 0.9922, 0.996, 1.0, 1.004, 3.0])
+@pytest.mark.parametrize("mean", [-3, -1, -0.999, -0.3, 0.0, 0.9, 0.9922, 0.996, 1, 1.004, 3])
 def test_each_colour_sums_to_one_given_the_others(colour, mean):
     """Byte 254 with the tail of 255, a range of [0, 1], a tail counted twice or never."""
     for log_s in (-9.0, -7.0, -5.0, -3.0, -1.0, 1.0):
@@ -168,8 +168,7 @@ def test_loss_is_the_bound_in_nats():
         assert torch.allclose(kl[:, i], due, rtol=1e-4)
     assert nvae.NATS == pytest.approx(3072 * math.log(2))
 
-def bound(net, x):
-    """In bits/dim."""
+def bound(net, x):  # in bits/dim
     return sum(part.sum().item() for part in nvae.measure(net, x))
 
 def test_loss_of_a_set_weighs_images_not_batches():
@@ -368,18 +367,15 @@ def test_images_of_a_batch_do_not_see_each_other():
 def test_bf16_stays_inside_the_network():
     """Its spacing at 8192 nats is 32."""
     net, x = network(amp=True, flows=1), nvae.scaled(images(2))
-    seen = []
-    real = nvae.dmol_log_prob
     logits, groups = net.top_down(nvae.noise(gen()), 2, net.bottom_up(x))
     assert net.bottom_up(x)[0].dtype == torch.bfloat16  # so there is something to keep out
-    for group in groups:
-        seen += [group["z"], group["z0"], group["log_det"], *group["p"], *group["q"]]
-    seen += [logits, *nvae.elbo(net, x, gen()), real(logits, x), nvae.Spectral(net)(),
-             nvae.iw_bound(net, x, 2, gen()), *map(nvae.log_ratio, groups)]
+    seen = [part for group in groups for part in (
+        group["z"], group["z0"], group["log_det"], *group["p"], *group["q"])]
+    seen += [logits, *nvae.elbo(net, x, gen()), nvae.dmol_log_prob(logits, x),
+             nvae.Spectral(net)(), nvae.iw_bound(net, x, 2, gen()), *map(nvae.log_ratio, groups)]
     assert {term.dtype for term in seen} == {torch.float32}
-    rough = logits.to(torch.bfloat16).float()
-    assert not torch.equal(groups[0]["q"][1], groups[0]["q"][1].to(torch.bfloat16).float())
-    assert torch.isfinite(rough).all()
+    sigma = groups[0]["q"][1]  # the clamp is computed in fp32, not only stored in it
+    assert not torch.equal(sigma, sigma.to(torch.bfloat16).float())
 
 # ---- BatchNorm's statistics ----
 def state(net):
