@@ -195,9 +195,8 @@ def kl_loss(kl, beta, alpha):
     gamma = gamma / gamma.mean() if beta < 1 else torch.ones_like(gamma)
     return beta * (gamma * kl.mean(0)).sum()
 class Spectral(nn.Module):
-    """R = sum s(W) + sum max |g| over a network's convolutions W, as matrices (C_out, rest), and
-    BatchNorms' factors g. Matrices of one shape are stacked, and their singular vectors u kept from
-    step to step for power iteration. The gradient of s = u . W v passes W alone."""
+    """R = sum s(W) + sum max |g| over convolutions W, as matrices (C_out, rest), stacked by shape,
+    and BatchNorms' factors g. The vectors u of s = u . W v have no gradient and last over steps."""
     def __init__(self, net, iterations=40):
         super().__init__()
         self.stacks, layers = {}, list(net.modules())
@@ -223,8 +222,8 @@ def iw_bound(net, x, k, generator=None):
     features, total = net.bottom_up(x), x.new_full((len(x),), -math.inf)
     for _ in range(k):
         logits, groups = net.top_down(noise(generator, x.device), len(x), features)
-        ratio = sum(log_ratio(group).sum((1, 2, 3)) for group in groups)
-        total = torch.logaddexp(total, dmol_log_prob(logits, x) - ratio)  # as a stream
+        log_w = dmol_log_prob(logits, x) - sum(log_ratio(z).sum((1, 2, 3)) for z in groups)
+        total = torch.logaddexp(total, log_w)
     return total - math.log(k)
 # --------------------------------------------------------------------------------------- samplers
 def noise(generator=None, device=None):  # draw(shape) for top_down
@@ -259,7 +258,8 @@ def calibrated(net, images=None, temperature=1.0, calls=40):
         for _ in range(calls):
             net.top_down(noise(g, net.start.device), 64, temperature=temperature)
     else:
-        for x in images[:: max(1, len(images) // 1000)][:1000].split(100):
+        some = torch.randperm(len(images), generator=g, device=g.device)[:1000]
+        for x in images[some].split(100):  # a data set may be sorted
             elbo(net, scaled(x), g)
     return net.eval()
 # ----------------------------------------------------------------------------------- bookkeeping

@@ -114,6 +114,12 @@ def test_samples_have_the_probabilities_of_their_bytes():
     often = counts > 150
     assert often.sum() > 20 and ((counts / n / p)[often] - 1).abs().mean() < 0.1
 
+def test_a_colour_follows_the_clamped_ones_before_it():
+    logits = pixel([0.0], [[3.0], [0], [0]], torch.full((3, 1), -7.0), [[0.5], [0.0], [0.5]])
+    due = [1, math.tanh(0.5), math.tanh(0.5) ** 2]  # not 3 tanh(0.5)
+    for draw in (nvae.dmol_sample(logits.float(), 0.01, gen()), nvae.dmol_mean(logits.float())):
+        assert draw.flatten().tolist() == pytest.approx(due, abs=0.01)
+
 def test_temperature_narrows_below_one_and_the_mean_is_that_of_the_samples():
     logits = pixel([0.3, 0.0, -1], 0.3 * randn(3, 3), torch.full((3, 3), -3.0), randn(3, 3))
     logits = logits.float().expand(1, -1, 20_000, 1)
@@ -121,6 +127,10 @@ def test_temperature_narrows_below_one_and_the_mean_is_that_of_the_samples():
     stds = [nvae.dmol_sample(single, t, gen()).std(2).mean().item() for t in (0.1, 0.5, 1.0)]
     assert stds == pytest.approx([math.exp(-3) * math.pi / 3**0.5 * t for t in (0.1, 0.5, 1)],
                                  rel=0.05)
+    choice = pixel([2.0, 0.0], [[-0.5, 0.5]] * 3, [[-7.0] * 2] * 3).float().expand(1, -1, 20_000, 1)
+    for t in (0.5, 1.0):  # of the mixture, too
+        rare = (nvae.dmol_sample(choice, t, gen()) > 0).float().mean().item()
+        assert rare == pytest.approx(1 / (1 + math.exp(2 / t)), abs=0.01)
     mean = nvae.dmol_sample(logits, 1.0, gen()).mean(2)
     assert torch.allclose(nvae.dmol_mean(logits)[:, :, 0], mean, atol=0.01)
     assert torch.equal(nvae.dmol_sample(logits, 1.0, gen()), nvae.dmol_sample(logits, 1.0, gen()))
@@ -382,15 +392,25 @@ def state(net):
     return {key: value.clone() for key, value in net.state_dict().items()}
 
 def test_statistics_are_those_of_the_calls_and_the_network_is_left_alone():
-    net = network()
-    before, parts = state(net), images(200).split(100)
-    copied = nvae.calibrated(net, torch.cat(parts))
+    net, x = network(), images(200)
+    before = state(net)
+    copied = nvae.calibrated(net, x)
     assert not copied.training and not net.training
     assert all(torch.equal(value, before[key]) for key, value in state(net).items())
     first = copied.before[1].body[0]  # its input is the first convolution's output
-    stem = [net.before[0](nvae.scaled(part)) for part in parts]
-    assert torch.allclose(first.running_mean, sum(s.mean((0, 2, 3)) for s in stem) / 2, atol=1e-5)
-    assert torch.allclose(first.running_var, sum(s.var((0, 2, 3)) for s in stem) / 2, rtol=1e-3)
+    out = net.before[0](nvae.scaled(x))
+    assert torch.allclose(first.running_mean, out.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(first.running_var, out.var((0, 2, 3)), rtol=1e-2)
+
+def test_statistics_take_images_from_all_over_the_set():
+    """Sorted sets, and such as alternate: every tenth image of the shapes is bright."""
+    net, x = network(), images(8000) // 8
+    x[::2] += 200
+    x[6000:] //= 2
+    mean = nvae.calibrated(net, x).before[1].body[0].running_mean
+    due = net.before[0](nvae.scaled(x).mean((0, 2, 3), keepdim=True).expand(1, 3, 5, 5))[0, :, 2, 2]
+    other = net.before[0](nvae.scaled(x[::10]).mean((0, 2, 3), keepdim=True).expand(1, 3, 5, 5))
+    assert (mean - due).abs().max() < 0.3 * (other[0, :, 2, 2] - due).abs().max()
 
 def test_evaluation_is_unchanged_by_having_sampled():
     net, x = network(), images(120)
