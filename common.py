@@ -14,9 +14,9 @@ import torch
 
 CACHE = Path("data/cifar10.npz")
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-SHAPES = dict(  # corners, direction a side faces as seen from a corner, half an arm's width, hole
-    triangle=(3, np.pi / 3, 9, -9), square=(4, np.pi / 4, 9, -9), star=(5, 1.18, 9, -9),
-    circle=(360, 0, 9, -9), ring=(360, 0, 9, 0.5), cross=(4, 0, 0.3, -9))
+SHAPES = dict(  # corners, degrees from a corner to its side and of turn, half an arm, hole
+    triangle=(3, 60, 0, 9, -9), square=(4, 45, 45, 9, -9), star=(5, 67.6, 0, 9, -9),
+    circle=(360, 0, 0, 9, -9), ring=(360, 0, 0, 9, 0.5), cross=(4, 0, 0, 0.3, -9))
 
 def die(message):
     print("error:", *str(message).splitlines(), file=sys.stderr)
@@ -88,23 +88,22 @@ def shapes(n, seed):
     """n pictures of one shape each, uint8 [n,32,32,3], and which of SHAPES it is, uint8 [n]."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n, dtype=np.uint8) % len(SHAPES))
-    corners, side, arm, hole = np.float32(list(SHAPES.values()))[labels].T[..., None, None]
-    ranges = (7, -1, -1, 0, 0), (12, 1, 1, 2 * np.pi, 2 * np.pi)
+    corners, *angles, arm, hole = np.float32(list(SHAPES.values()))[labels].T[..., None, None]
+    ranges = (10, -1, -1, -0.25, 0), (13, 1, 1, 0.25, 2 * np.pi)
     radius, left, up, turn, slope = np.float32(rng.uniform(*ranges, (n, 5))).T[..., None, None]
     hue = np.float32(rng.uniform(0, 6, (3, n, 1, 1, 1)) + [0, 4, 2]) % 6
     pure = np.clip(abs(hue - 3) - 1, 0, 1)
     start, end, bright = 0.4 * pure[0], 0.4 * pure[1], 0.3 + 0.7 * pure[2]  # [n,1,1,3] each
     y, x = np.mgrid[:32, :32].astype(np.float32) - 15.5
     u, v = x + left * (14 - radius), y + up * (14 - radius)  # wholly inside, tips and all
-    rho, angle = np.hypot(u, v) / radius, (np.arctan2(v, u) + turn) % (2 * np.pi / corners)
+    (side, upright), rho = np.radians(angles), np.hypot(u, v) / radius
+    angle = (np.arctan2(u, -v) + upright + turn + np.pi / corners) % (2 * np.pi / corners)
     angle = abs(angle - np.pi / corners)  # from the nearest corner, so one side is enough
-    outside = rho * np.cos(angle - side) - np.cos(side)  # distance, negative inside
-    outside = np.maximum(np.maximum(outside, rho * np.sin(angle) - arm), hole - rho)
-    cover = np.clip(0.5 - radius * outside, 0, 1)[..., None]  # of each pixel: smooth edges
+    outside = np.maximum(rho * np.cos(angle - side) - np.cos(side), rho * np.sin(angle) - arm)
+    cover = np.clip(0.5 - radius * np.maximum(outside, hole - rho), 0, 1)[..., None]  # smooth edges
     along = 0.5 + (x * np.cos(slope) + y * np.sin(slope))[..., None] / 44  # the gradient, 0 to 1
     images = start + along * (end - start)
     images = (255 * (images + cover * (bright - images)) + 0.5).astype(np.uint8)
-    images[::2] = 255 - images[::2]  # as many dark shapes on bright gradients
     return images, labels
 
 def batches(images, batch_size, seed=0, epoch=None, skip=0):

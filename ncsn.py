@@ -33,8 +33,8 @@ import torch
 from torch import nn
 NAME = "ncsn"
 # ---------------------------------------------------------------------------------------- network
-def norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)  # 4 channels or more each
+def norm(channels):  # in groups of 16 or more: a CPU takes many times as long with smaller ones
+    return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels, eps=1e-6)
 
 class Block(nn.Module):
     """Residual block told the noise level: (B, cin, H, W), (B, E) -> (B, cout, H, W)."""
@@ -45,7 +45,7 @@ class Block(nn.Module):
         self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
         if attention:
-            self.norm3, heads = norm(cout), max(1, cout // 64)
+            self.norm3, heads = norm(cout), math.gcd(max(1, cout // 64), cout)
             self.attend = nn.MultiheadAttention(cout, heads, batch_first=True)
     def forward(self, x, embedding):
         h = self.conv1(nn.functional.silu(self.norm1(x)))
@@ -135,18 +135,17 @@ def langevin_settings(gamma, excess=0.06):
         error = ((1 - step) ** (2 * steps) * (gamma**2 - b) + b - 1).abs()
     return step[error.argmin()].item(), steps
 
-def sample_sigma(count, sigma_data, sigma_max, generator=None, device=None):
-    """One sigma an image, (count,), each from its own 1/count of the distribution (stratified).
-    ln sigma is logistic, of scale 0.7 about ln(0.6 sigma_data), where shapes are decided: less
-    noise hides only texture, more leaves only the mean colour. Its tails cover the whole ladder."""
+def sample_sigma(count, sigma_data, sigma_max, focus=0.6, generator=None, device=None):
+    """One sigma an image, (count,), each from its own 1/count of the distribution (stratified):
+    ln sigma is logistic, of scale 0.7 about ln(focus sigma_data), and its tails cover the ladder.
+    At .6 texture and shape are decided; less noise hides little, more leaves the mean colour."""
     u = torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)
-    return (0.6 * sigma_data * (u / (count - u)) ** 0.7).clamp(SIGMA_MIN, sigma_max)
+    return (focus * sigma_data * (u / (count - u)) ** 0.7).clamp(SIGMA_MIN, sigma_max)
 # ------------------------------------------------------------------------------------------- loss
 def dequantise(images, generator=None):
     """uint8 -> float in [-1, 1), evenly over the bin of each value, which is 2/256 wide."""
     return (images + torch.rand(images.shape, generator=generator, device=images.device)) / 128 - 1
-def quantise(x):
-    """Float -> uint8, the bin that x lies in."""
+def quantise(x):  # float -> uint8, the bin that x lies in
     return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 def denoising_loss(denoise, x, sigma, sigma_data, generator=None):
     """Loss of each image, (B, C, H, W), (B,) -> (B,): NCSN's times 1 + sigma^2 / sigma_data^2."""
@@ -264,10 +263,10 @@ def build(args, sigmas, device):
     net = ScoreNet(*sigmas, args.amp, width=args.width, mults=args.mults, blocks=args.blocks)
     return net.to(device, memory_format=torch.channels_last)
 def test_loss(net, images, sigma=None):
-    """Mean loss of uint8 images with fixed noise, as in training or at the one sigma given."""
+    """Mean loss of uint8 images with fixed noise, at sample_sigma's or at the one sigma given."""
     g, total = torch.Generator(images.device).manual_seed(0), 0.0
     for x in images.split(250):
-        s = sample_sigma(len(x), net.sigma_data, net.sigma_max, g, x.device)
+        s = sample_sigma(len(x), net.sigma_data, net.sigma_max, generator=g, device=x.device)
         s = torch.full_like(s, sigma) if sigma else s
         total += denoising_loss(net, dequantise(x, g), s, net.sigma_data, g).sum().item()
     return total / len(images)
@@ -313,7 +312,7 @@ def train(args, state, device, out):
         tick, first = time.time(), step
         for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr)
-            sigma = sample_sigma(size, *sigmas, g, device)
+            sigma = sample_sigma(size, *sigmas, args.focus, g, device)
             loss = denoising_loss(net, dequantise(x, g), sigma, sigmas[0], g).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -421,7 +420,7 @@ def apply(args, state, device, out):
               f"of {len(bits)} test images")
 # -------------------------------------------------------------------------------------------- CLI
 KEPT = ["width", "mults", "blocks", "data", "subset", "batch_size",  # fixed by a checkpoint,
-        "epochs", "lr", "ema", "seed", "sample_every"]  # remembered by it
+        "epochs", "lr", "ema", "seed", "focus", "sample_every"]  # remembered by it
 def parse(argv=None):
     """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
     parser = argparse.ArgumentParser(
@@ -456,6 +455,7 @@ def parse(argv=None):
     flag("--mults", [1, 2, 2], "channels at 32x32, 16x16, ..., in units of the width",
          type=lambda text: [int(m) for m in text.split(",")], metavar="M,M,...")
     flag("--blocks", 3, "residual blocks each way at a resolution")
+    flag("--focus", 0.6, "median sigma of training, in units of the images' root mean square")
     flag("--sampler", "langevin", "how to draw images", choices=["langevin", "consistent", "heun"])
     flag("--freshness", 1.0, "noise renewed by consistent: 0 none (flow), 1 ancestral")
     flag("--inpaint", False, "only complete test images whose centre is hidden", **tick)
@@ -478,8 +478,8 @@ def parse(argv=None):
         low = 0 if key in ("subset", "lr", "seed", "time_limit", "freshness") else 1e-9  # above 0
         if type(value) in (int, float) and not low <= value < 2**31:
             die(f"--{key.replace('_', '-')} {value} is out of range")
-    if args.width % 4 or min(args.mults) < 1:
-        die("--width takes a multiple of 4, --mults takes numbers above 0")
+    if args.width % 4 or min(args.mults) < 1 or len(args.mults) > 6:
+        die("--width takes a multiple of 4, --mults takes up to 6 numbers above 0")
     return args, state, use
 
 def main(argv=None):

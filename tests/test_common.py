@@ -231,13 +231,18 @@ def test_shapes_are_what_their_labels_say():
     area = dict(circle=3.14, square=2.0, triangle=1.3, star=1.32, ring=3.14 * 0.75, cross=1.92)
     y, x = np.mgrid[:32, :32]
     for k, name in enumerate(common.SHAPES):
-        found, holes = [], []
+        found, holes, full = [], [], []
         for mask in inside[labels == k]:
             cx, cy = x[mask].mean(), y[mask].mean()
             found.append(mask.sum() / (np.hypot(x[mask] - cx, y[mask] - cy).max() + 0.3) ** 2)
             holes.append(not mask[round(cy), round(cx)])
+            full.append(mask.any(1).sum() * mask.any(0).sum() / mask.sum())  # the box around it
         assert np.mean(holes) == (name == "ring"), name
         assert abs(np.median(found) - area[name]) < 0.3, (name, np.median(found))
+        assert name != "square" or np.median(full) < 1.3  # upright, not on a corner
+    top = np.stack([mask.any(1).argmax() for mask in inside])  # triangles and stars point upwards
+    width = np.stack([mask[row].sum() for mask, row in zip(inside, top + 2, strict=True)])
+    assert all(np.median(width[labels == k]) < 6 for k in (0, 2))
 
 
 # ---- folders ----

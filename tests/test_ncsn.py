@@ -86,20 +86,23 @@ def test_fresh_network_has_loss_one_at_every_sigma():
 # ---- noise levels ----
 def test_sigmas_are_stratified():
     """A batch has as many below any value as the distribution says, to within one or two."""
-    many = ncsn.sample_sigma(100_000, 0.5, 80.0, gen()).sort().values
-    sigma = ncsn.sample_sigma(200, 0.5, 80.0, gen(1))
+    many = ncsn.sample_sigma(100_000, 0.5, 80.0, generator=gen()).sort().values
+    sigma = ncsn.sample_sigma(200, 0.5, 80.0, generator=gen(1))
     assert sigma.shape == (200,) and len(sigma.unique()) == 200
     due = torch.searchsorted(many, sigma.sort().values) / 500  # below each
     assert (due - torch.arange(200)).abs().max() < 2.1
     assert sigma.median().item() == pytest.approx(0.3, rel=0.15)
+    focused = ncsn.sample_sigma(200, 0.5, 80.0, focus=2.0, generator=gen(1))
+    assert focused.median().item() == pytest.approx(1.0, rel=0.15)
 
 def test_sigmas_cover_the_whole_ladder_and_nothing_else():
-    draws = torch.stack([ncsn.sample_sigma(64, 0.5, 80.0, g) for g in [gen()] for _ in range(200)])
+    g = gen()
+    draws = torch.stack([ncsn.sample_sigma(64, 0.5, 80.0, generator=g) for _ in range(200)])
     assert all(len(draw.unique()) == 64 for draw in draws)  # one sigma each, not one a batch
     assert draws.min() >= SIGMA_MIN * (1 - 1e-6) and draws.max() <= 80
     place = (draws / SIGMA_MIN).log() / math.log(80 / SIGMA_MIN)
     assert torch.histc(place, 10, 0, 1).min() > 10
-    assert torch.equal(draws[0], ncsn.sample_sigma(64, 0.5, 80.0, gen()))
+    assert torch.equal(draws[0], ncsn.sample_sigma(64, 0.5, 80.0, generator=gen()))
     assert not torch.equal(draws[0], draws[1])
 
 def clusters(*sizes):  # images about a grey of their own, the first cluster darkest
@@ -377,6 +380,11 @@ def test_size_of_the_network():
     for mults in (1,), (1, 2), (1, 1, 2, 2), (2, 1, 3):
         x = randn(2, 3, 16, 16)
         assert network(mults)(x, torch.tensor([0.1, 9.0])).shape == x.shape
+    for width in 4, 20, 100, 200, 256:  # whatever the width, its heads and groups are equal
+        net, x = ncsn.Block(width, width, 8, attention=True), randn(2, width, 4, 4)
+        assert net(x, randn(2, 8)).shape == x.shape
+        assert net.attend.num_heads <= max(1, width // 64)
+        assert width // net.norm1.num_groups >= min(width, 16)
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (3, 1, 4, 6), (1, 2, 1, 5)])
 def test_loss_samplers_and_bits_take_any_shape(shape):

@@ -45,7 +45,8 @@ ERRORS = {  # flags: what the line must name
 OWN_ERRORS = {"ncsn": {
     "--sampler nonsense": "--sampler", "--freshness -1": "--freshness", "--blocks 0": "--blocks",
     "--width 5": "--width", "--width 0": "--width", "--mults x": "--mults", "--mults 0": "--mults",
-    "--inpaint": "train first", "--interpolate": "train first"},
+    "--mults 1,1,1,1,1,1,1": "--mults", "--inpaint": "train first",
+    "--interpolate": "train first"},
     "nvae": {
     "--width 0": "--width", "--groups x": "--groups", "--groups 0": "--groups",
     "--groups 1,1,1,1,1": "--groups", "--cells 0": "--cells", "--outer 0": "--outer",
