@@ -11,19 +11,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import common
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["ncsn"]
+SCRIPTS = ["ncsn", "nvae"]
 STEPS = 3  # an epoch: 52 images, 16 a step, 4 left out
 TIMES = {"seconds", "images/s"}
 FLAGS = """data subset epochs batch-size lr ema seed device amp compile out resume time-limit
     sample-every generate evaluate"""  # of all scripts; the functions below are the same in all
 BOOKS = "die learning_rate update_ema save_checkpoint load_checkpoint plot write_log"
-TINY = {"ncsn": "--width 8 --mults 1,2 --blocks 1"}
-OTHER_SIZE = {"ncsn": ["--width 12", "--mults 1", "--blocks 2"]}
-PICTURES = {"ncsn": {"stages.png", "nearest.png"}}  # at the end of training
-SAMPLERS = {"ncsn": ["--sampler langevin", "--sampler consistent", "--sampler heun"]}
-MEASURES = {"ncsn": ("--bits-images 3", [  # flags, and what is printed how often
-    (r"^sigma +[\d.]+ +loss [\d.]+$", 17), (r"^bits/dim \d+\.\d+, .* 3 test images", 1)])}
-ALL_USES = {"ncsn": "--generate 1 --inpaint --interpolate --evaluate --bits-images 3"}
+TINY = {"ncsn": "--width 8 --mults 1,2 --blocks 1",
+        "nvae": "--width 4 --groups 1,2 --outer 1 --expand 1"}
+OTHER_SIZE = {"ncsn": ["--width 12", "--mults 1", "--blocks 2"], "nvae": [
+    "--width 8", "--groups 2,1", "--cells 2", "--outer 2", "--expand 2", "--flows 1"]}
+PICTURES = {"ncsn": {"stages.png", "nearest.png"},  # at the end of training
+            "nvae": {"reconstructions.png", "temperatures.png", "scales.png"}}
+SAMPLERS = {"ncsn": ["--sampler langevin", "--sampler consistent", "--sampler heun"],
+            "nvae": ["--temperature 0.7", "--temperature 1.0"]}
+MEASURES = {  # flags, and what is printed how often
+    "ncsn": ("--bits-images 3", [
+        (r"^sigma +[\d.]+ +loss [\d.]+$", 17), (r"^bits/dim \d+\.\d+, .* 3 test images", 1)]),
+    "nvae": ("--iw 2 --iw-images 3", [
+        (r"^group +\d +KL -?\d+\.\d+ bits/dim +active units \d+ of 20$", 3),
+        (r"^ELBO \d+\.\d+ bits/dim: .* 12 test images$", 1),
+        (r"^IW bound, K = 2: \d+\.\d+ bits/dim, of 3 test images", 1)])}
+ALL_USES = {"ncsn": "--generate 1 --inpaint --interpolate --evaluate --bits-images 3",
+            "nvae": "--generate 1 --interpolate --evaluate --iw 2"}
 ERRORS = {  # flags: what the line must name
     "--epochs x": "--epochs", "--epochs 0": "--epochs", "--batch-size -1": "--batch-size",
     "--lr nan": "--lr", "--time-limit -1": "--time-limit", "--nonsense": "--nonsense",
@@ -35,8 +45,14 @@ ERRORS = {  # flags: what the line must name
 OWN_ERRORS = {"ncsn": {
     "--sampler nonsense": "--sampler", "--freshness -1": "--freshness", "--blocks 0": "--blocks",
     "--width 5": "--width", "--width 0": "--width", "--mults x": "--mults", "--mults 0": "--mults",
-    "--mults 1,1,1,1,1,1,1": "--mults",
-    "--inpaint": "train first", "--interpolate": "train first"}}
+    "--mults 1,1,1,1,1,1,1": "--mults", "--inpaint": "train first",
+    "--interpolate": "train first"},
+    "nvae": {
+    "--width 0": "--width", "--groups x": "--groups", "--groups 0": "--groups",
+    "--groups 1,1,1,1,1": "--groups", "--cells 0": "--cells", "--outer 0": "--outer",
+    "--expand 0": "--expand", "--flows -1": "--flows", "--kl-warmup -1": "--kl-warmup",
+    "--spectral -1": "--spectral", "--temperature 0": "--temperature", "--iw 0": "--iw",
+    "--iw-images 0": "--iw-images", "--interpolate": "train first"}}
 ALONE = {"ncsn": """
 levels, z = torch.logspace(1, -2, 5), torch.randn(2, 3, 32, 32)
 net = ncsn.ScoreNet(width=8, mults=(1, 2), blocks=1)
@@ -49,6 +65,18 @@ assert loss.isfinite() and (net(z, levels[0]) != before).any()
 for x in (ncsn.langevin(net.score, 10 * z, levels, 0.1, 1),
           ncsn.consistent(net.score, 10 * z, levels), ncsn.heun(net.score, 10 * z, levels)):
     assert x.shape == z.shape and x.isfinite().all()
+""", "nvae": """
+net, x = nvae.NVAE(width=4, groups=(1, 1), flows=1), torch.randint(256, (4, 3, 32, 32))
+optimizer, spectral = torch.optim.Adamax(net.parameters()), nvae.Spectral(net)
+before = net.top_down(torch.zeros, 2)[0]
+reconstruction, kl = nvae.elbo(net, nvae.scaled(x))
+loss = reconstruction.mean() + nvae.kl_loss(kl.sum(2), 0.5, net.alpha) + spectral()
+loss.backward()
+optimizer.step()
+logits = net.top_down(nvae.noise(), 2)[0]
+assert loss.isfinite() and (net.top_down(torch.zeros, 2)[0] != before).any()
+for x in nvae.dmol_sample(logits, 0.7), nvae.dmol_mean(logits):
+    assert x.shape == (2, 3, 32, 32) and x.isfinite().all() and x.abs().max() <= 1
 """}
 
 def shorten(module, monkeypatch):
@@ -58,6 +86,10 @@ def shorten(module, monkeypatch):
         monkeypatch.setattr(module, "heun_levels", lambda top, count=12: levels(top, count // 4))
         monkeypatch.setattr(module, "make_ladder", lambda top, dim: (
             torch.logspace(math.log10(top), math.log10(module.SIGMA_MIN), 14), 0.06, 1))
+    else:
+        real = module.calibrated
+        monkeypatch.setattr(module, "calibrated", lambda net, images=None, t=1.0: real(
+            net, images, t, calls=2))
 
 class Run:
     """run("--flags") calls a script and returns its exit status. at[step] acts in a training step;
@@ -308,6 +340,33 @@ def test_ncsn_inpaints_and_interpolates(run, trained, data, monkeypatch):
     hidden[8:24, 8:24] = True
     assert away[:, 0].max() <= 1 and away[:, :, ~hidden].max() <= 1  # the known pixels are kept
     assert all(len(row[2:, hidden].unique(dim=0)) == 6 for row in rows)  # six ways to complete it
+
+@pytest.mark.parametrize("whole", ["nvae"], indirect=True)
+def test_nvae_anneals_by_the_step_and_anew_after_a_longer_warm_up(run, trained, monkeypatch):
+    betas, kl_loss = [], run.module.kl_loss
+    monkeypatch.setattr(run.module, "kl_loss", lambda kl, beta, alpha: (
+        betas.append(beta), kl_loss(kl, beta, alpha))[1])
+    assert run.train("--epochs 3 --kl-warmup 2 --out s") == 0
+    assert betas == pytest.approx([1e-4, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1])
+    assert run("--resume --epochs 4 --kl-warmup 8 --out s") == 0
+    assert betas[9:] == pytest.approx([9 / 24, 10 / 24, 11 / 24])
+    assert run.train("--epochs 1 --kl-warmup 0 --out t") == 0 and betas[13:] == [1, 1]
+
+@pytest.mark.parametrize("whole", ["nvae"], indirect=True)
+def test_nvaes_pictures(run, trained, data, monkeypatch):
+    grids, save_grid = {}, common.save_grid
+    monkeypatch.setattr(common, "save_grid", lambda images, path, *rest, **options: (
+        grids.__setitem__(Path(path).name, images), save_grid(images, path, *rest, **options)))
+    assert run("--resume --epochs 3 --out r") == 0 and run("--interpolate --evaluate --out r") == 0
+    assert {"interpolate.png", "kl_by_group.png"} < set(files(trained))
+    test = torch.from_numpy(np.load(data)["test"]).permute(0, 3, 1, 2)
+    assert torch.equal(grids["reconstructions.png"][::2], test)
+    assert grids["temperatures.png"].shape[0] == 5 * 8
+    rows = grids["scales.png"].unflatten(0, (4, 2, 8))  # images, scales, itself and seven draws
+    assert torch.equal(rows[:, :, 0], test[:4, None].expand(-1, 2, -1, -1, -1))
+    assert all(len(row.unique(dim=0)) == 7 for row in rows[:, 0, 1:])  # the finer scale redrawn
+    assert all(len(row.unique(dim=0)) == 1 for row in rows[:, 1, 1:])  # nothing left to draw
+    assert len(grids["interpolate.png"].unique(dim=0)) > 32
 
 def test_few_images_are_enough(run):
     np.savez("few.npz", train=common.shapes(6, 0)[0], train_labels=np.zeros(6, np.uint8),
