@@ -1,4 +1,4 @@
-"""NVAE: a deep hierarchical variational autoencoder on 32x32 images, in one file.
+"""NVAE: a hierarchical variational autoencoder on 32x32 images, in one file (data from common.py).
 
 A VAE explains an image x by latent variables z: draw z ~ p(z), then x ~ p(x|z). A second network
 q(z|x) guesses the z behind an x; both learn by raising a lower bound of ln p(x). Vahdat & Kautz
@@ -11,10 +11,10 @@ adds it to h, which after the last group gives p(x|z). q is relative to p (secti
 adds to mu and ln sigma of p, before mu = 5 tanh(mu / 5), sigma = exp(5 tanh(ln sigma / 5)) + .01.
 The loss, in nats an image, is minus the bound and a price on steep functions of x and z:
     loss = -ln p(x|z) + beta sum_i gamma_i KL(q(z_i | z_<i, x) || p(z_i | z_<i)) + lambda R,  z ~ q
-beta rises from 0 to 1 while training warms up; meanwhile gamma shares the burden among the groups
-(appendix A), afterwards gamma = 1. R sums the largest singular values of all convolutions, by power
-iteration, and the largest factors of all BatchNorms. p(x|z) mixes ten discretised logistics
-(Salimans et al. 2017, arXiv:1701.05517): byte v of a colour, at x = v / 127.5 - 1, has in each
+beta rises to 1 in the first --kl-warmup epochs; meanwhile gamma_i, in proportion to KL_i, shares
+the burden among groups (appendix A), afterwards gamma = 1. R sums the largest singular values of
+all convolutions and the largest BatchNorm factors. p(x|z) mixes M = 10 discretised logistics, mean
+m and scale s (Salimans et al. 2017, arXiv:1701.05517): a colour's byte v, x = v / 127.5 - 1, has
     P(v) = S((x - m + 1/255) / s) - S((x - m - 1/255) / s),     S(a) = 1 / (1 + exp(-a))
 where m depends on the colours before it; bytes 0 and 255 take the tails besides. Bits per dimension
 are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016, arXiv:1509.00519):
@@ -22,7 +22,7 @@ are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016,
     python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000 --temperature 0.7          PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
-    python nvae.py --width 128 --groups 30 --cells 2 --flows 1 --epochs 400      the paper's network
+    python nvae.py --width 128 --groups 30 --cells 2 --flows 1 --epochs 400 --kl-warmup 120    paper
 Not as in the paper: one width at all latent scales, z added to h, all priors learned, flows that
 scale, P(v) exact also at byte 254 and far from m, EMA, no weight decay, one power iteration a step.
 Notation: B batch, C channels, H W pixels, G groups, n latents, M mixtures; x is (B, 3, 32, 32)."""
@@ -35,7 +35,7 @@ from torch.nn.functional import conv2d, elu, logsigmoid, normalize
 NAME = "nvae"
 NATS = 3072 * math.log(2)  # of an image, to one bit per dimension
 # ---------------------------------------------------------------------------------------- network
-norm = nn.BatchNorm2d  # its running means are not used: calibrated() takes plain ones
+norm = nn.BatchNorm2d  # calibrated() puts plain means in place of its running ones
 class Cell(nn.Module):
     """Residual cell, (B, cin, H, W) -> (B, cout, H', W'), gated by squeeze and excitation: each
     channel is multiplied by a number in (0, 1) that depends on the means of all channels."""
@@ -55,7 +55,7 @@ def encoder_cell(cin, cout, down=False):
                 norm(cout), nn.SiLU(), nn.Conv2d(cout, cout, 3, padding=1))
 def decoder_cell(cin, cout, expand=6, up=False):
     """Figure 3a; up: to twice H and W. Depthwise, 5x5 pixels cost little, so there can be `expand`
-    times the channels. What works on single pixels comes before growth, the same for less."""
+    times the channels. 1x1 convolutions come before the growth: the same result for less."""
     wide, grow = expand * cin, nn.Upsample(scale_factor=2) if up else nn.Identity()
     skip = nn.Sequential(nn.Conv2d(cin, cout, 1), nn.Upsample(scale_factor=2, mode="bilinear"))
     return Cell(cout, skip if up else nn.Identity(),
@@ -190,7 +190,7 @@ def elbo(net, x, generator=None):
     return -dmol_log_prob(logits, x), torch.stack([term.sum((2, 3)) for term in kl], dim=1)
 def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i mean KL_i of kl (B, G). While beta < 1, gamma_i grows with KL_i over
-    alpha_i, its share of pixels, so that no group does nothing and none all (appendix A)."""
+    alpha_i, pixels by groups of its scale, so that none does nothing and none all (appendix A)."""
     gamma = (kl.detach().abs().mean(0) + 0.01) / alpha
     gamma = gamma / gamma.mean() if beta < 1 else torch.ones_like(gamma)
     return beta * (gamma * kl.mean(0)).sum()
@@ -239,7 +239,7 @@ def dmol_sample(logits, temperature=1.0, generator=None):
     x = means + temperature * log_s.exp() * torch.logit(u)  # (B, 3, H, W)
     return in_turn(x, c, lambda x: scaled(quantise(x)))
 def dmol_mean(logits):
-    """Mean of p(x|z), (B, 10 M, H, W) -> (B, 3, H, W), in [-1, 1]."""
+    """About the mean of p(x|z), (B, 10 M, H, W) -> (B, 3, H, W), from means cut to [-1, 1]."""
     weights, means, _, c = mixture(logits)
     means = in_turn(means, c, lambda m: m.clamp(-1, 1))
     return (weights.softmax(1)[:, None] * means).sum(2)
@@ -273,7 +273,7 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
 @torch.no_grad()
 def update_ema(ema, net, step, half_life):
-    """Average the weights, half-life in steps; in a young run over about its last tenth."""
+    """Average the weights, half-life in steps; in a young run, of a tenth of the steps so far."""
     decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
@@ -310,7 +310,7 @@ def write_log(rows, folder):
     losses = {key: [row[key] for row in rows] for key in rows[0] if "loss" in key}
     plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
 # ------------------------------------------------------------------------------------------ train
-TERMS = "train loss", "reconstruction", "kl", "regulariser"  # the first is a sum of two
+TERMS = "train loss", "reconstruction", "kl", "regulariser"  # the first: sum of the next two
 def build(args, device):
     torch.manual_seed(args.seed)
     net = NVAE(args.width, args.groups, args.cells, args.outer, args.expand, args.flows, args.amp)
@@ -360,7 +360,7 @@ def train(args, state, device, out):
         tick, first = time.time(), step
         for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr)
-            beta = min(1.0, max(1e-4, step / (args.kl_warmup * steps + 1e-9)))
+            beta = min(1.0, max(1e-4, (step + 1e-9) / (args.kl_warmup * steps + 1e-9)))
             reconstruction, kl = elbo(net, scaled(x), g)
             regulariser = args.spectral * spectral()
             loss = reconstruction.mean() + kl_loss(kl.sum(2), beta, net.alpha) + regulariser
@@ -422,7 +422,7 @@ def draw_pictures(args, net, images, test, out):
     # A row for each scale of four images: the image, and seven draws of all groups below the scale.
     for i, known in product(range(min(4, len(x))), accumulate(net.scales[::-1])):
         z = [group["z"][i:i + 1].expand(7, -1, -1, -1) for group in groups[:known]]
-        logits, _ = seen.top_down(draw, 7, z=z, temperature=args.temperature)
+        logits, _ = seen.top_down(draw, 7, z=z)
         rows += [x[i:i + 1], quantise(dmol_mean(logits))]
     save_grid(torch.cat(rows), out / "scales.png")
     rows = [sample(calibrated(net, None, t / 10), 8, t / 10, g.manual_seed(args.seed))
@@ -489,7 +489,7 @@ def parse(argv=None):
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = [*["cuda"][: len(gpus)], *gpus, "cpu"]
     flag("--device", here[0], "where to compute", choices=here)
-    flag("--amp", None, "bf16 in the network; by default where the hardware has it", **switch)
+    flag("--amp", None, "bf16 in the network; by default on cuda and cpus that have it", **switch)
     flag("--compile", None, "torch.compile; by default on cuda", **switch)
     flag("--out", f"runs/{NAME}", "folder of the run")
     flag("--resume", False, "go on from the checkpoint in --out", **tick)
@@ -510,7 +510,7 @@ def parse(argv=None):
     flag("--temperature", 0.7, "of samples: 1 is the model's own, less is safer and duller")
     flag("--interpolate", False, "only draw the ways between samples", **tick)
     flag("--iw", 20, "draws of z for the importance-weighted bound of --evaluate", metavar="K")
-    flag("--iw-images", 1000, "test images whose bound that is")
+    flag("--iw-images", 1000, "test images of that bound")
     args, state = parser.parse_args(argv), None
     path = Path(args.out) / "checkpoint.pt"
     use = args.generate or args.evaluate or args.interpolate
