@@ -1,0 +1,506 @@
+"""EBM: an energy-based model of 32x32 images, in one file.
+
+A network gives every image x a number, its energy E(x), low for likely images and high for others:
+    p(x) = exp(-E(x) / T) / Z                  Z = integral of exp(-E(x) / T) over all images
+Z cannot be computed, but neither learning nor sampling needs it. Langevin dynamics samples p by
+walking downhill with noise, K steps from where a chain stands (Du & Mordatch 2019,
+arXiv:1903.08689, algorithm 1), g cut to +-clamp in every pixel and x to the box [0, 1]:
+    x = x - a g + s z,      g = grad E(x),      z ~ N(0, I)                     T = s^2 / (2 a)
+The gradient of -ln p(data) is that of E(x+) - E(x-) over T, with x+ a data image and x- a sample of
+p. Contrastive divergence takes for x- the end of a short chain. Chains are persistent (Tieleman
+2008): a buffer keeps their ends, and the next K steps go on from there, but for a few that start
+anew in uniform noise. So the loss has two terms (2019, section 3.3),
+    gap = mean(E(x+) - E(x-))            penalty = alpha mean(E(x+)^2 + E(x-)^2)
+of which the second keeps energies near 0: only differences count, and else they drift away. The gap
+stays near 0 as long as chains keep up with the network, so it does not tell how good samples are.
+No convolution may stretch its input: its largest singular value is kept at 1 or less.
+
+What makes it train unattended: a step with numbers not finite or with a wild gap changes neither
+weights nor buffer; lasting trouble (50 such steps, an energy above 10, chains stuck to the walls of
+the box) brings back the last healthy state and halves the learning rate, the third one ends it.
+    python ebm.py --epochs 50                                 train on CIFAR-10, files in runs/ebm
+    python ebm.py --generate 1000 --chain 2000                PNG files, from fresh noise
+    python ebm.py --evaluate --ood FOLDER                     AUROC against other images, histograms
+    python ebm.py --inpaint --denoise                         pictures; PSNR before and after
+Not as in the papers: SiLU, average pooling, singular values kept down by projection (Gouk et al.
+2018, arXiv:1804.04368), noise on the data, EMA, guards. Of Du et al. (2021, arXiv:2012.01316) only
+SiLU and EMA: no KL term, no augmented chains, one scale.
+Notation: B batch, C channels, H W pixels; images are float (B, 3, 32, 32) in [0, 1]; E is (B,)."""
+import argparse, copy, math, os, signal, sys, time
+from pathlib import Path
+import torch
+from torch import nn
+from torch.nn.functional import avg_pool2d, normalize, silu
+NAME = "ebm"
+# ---------------------------------------------------------------------------------------- network
+class Block(nn.Module):
+    """Residual block, (B, cin, H, W) -> (B, cout, H, W)."""
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+    def forward(self, x):
+        return self.skip(x) + self.conv2(silu(self.conv1(silu(x))))
+
+class EnergyNet(nn.Module):
+    """E: (B, 3, H, W) in [0, 1] -> (B,). width * mults channels at 1 / stride of H and W, at half
+    of that, ..., `blocks` blocks at each. No layer looks at the batch: E is of one image."""
+    def __init__(self, amp=False, width=64, mults=(1, 2, 4, 4), blocks=2, stride=1):
+        super().__init__()
+        self.amp, widths = amp, [width * m for m in mults]
+        self.stem = nn.Conv2d(3, widths[0], 2 + stride, stride, padding=1)
+        self.levels = nn.ModuleList(nn.Sequential(*(
+            Block(c if i else above, c) for i in range(blocks)))
+            for above, c in zip(widths[:1] + widths[:-1], widths, strict=True))
+        self.head = nn.Linear(widths[-1], 1)
+        for layer in self.convolutions():
+            layer.register_buffer("u", normalize(torch.randn(len(layer.weight)), dim=0))
+        self.project(30)
+    def convolutions(self):
+        return [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)]
+    @torch.no_grad()
+    def project(self, iterations=1):
+        """Divide each convolution, as a matrix (C_out, rest), by its largest singular value if that
+        is above 1. The vectors u of the power iteration last: one iteration an update will do."""
+        for layer in self.convolutions():
+            w, u = layer.weight.flatten(1), layer.u
+            for _ in range(iterations):
+                v = normalize(u @ w, dim=0)
+                u.copy_(normalize(w @ v, dim=0))
+            layer.weight.div_((u @ w @ v).clamp(min=1))
+    def forward(self, x):
+        h = self.stem(x)  # fp32: bf16 has steps of .004 below 1, as large as the noise of a chain
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            for level, blocks in enumerate(self.levels):
+                h = blocks(avg_pool2d(h, 2) if level else h)
+        return self.head(silu(h.to(x.dtype)).mean((2, 3)))[:, 0]
+# ------------------------------------------------------------------------------------------- loss
+def dequantise(images, generator=None, smooth=0.0):
+    """uint8 -> float in [0, 1], evenly over the bin of each value, which is 1/256 wide, and then
+    blurred by N(0, smooth^2), which makes a density that Langevin steps of that size can follow."""
+    kind = {"generator": generator, "device": images.device}
+    x = (images + torch.rand(images.shape, **kind)) / 256
+    return (x + smooth * torch.randn(x.shape, **kind)).clamp(0, 1) if smooth else x
+def quantise(x):  # float -> uint8, the bin that x lies in
+    return (x * 256).clamp(0, 255).to(torch.uint8)
+def contrastive_divergence(energy, data, chains, alpha=1.0):
+    """(gap, penalty, E(data), E(chains)); data and chains (B, 3, H, W) share one forward."""
+    plus, minus = energy(torch.cat([data, chains.detach()])).split([len(data), len(chains)])
+    penalty = alpha * (plus.square().mean() + minus.square().mean())
+    return plus.mean() - minus.mean(), penalty, plus, minus
+# --------------------------------------------------------------------------------------- samplers
+def langevin(energy, x, steps, step, noise, clamp=math.inf, generator=None,
+             hook=lambda x, e, g: x):
+    """Langevin dynamics in any energy(x) -> (B,), from x (B, ...) in [0, 1], of that many steps
+        x = x - step g + noise z,    g = grad energy(x) cut to +-clamp,    then cut to [0, 1]
+    Exact dynamics for exp(-E / T) has noise^2 = 2 T step and step -> 0, so T = noise^2 / (2 step).
+    This departs from it by finite steps (E = c x^2 / 2 gets variance T / c / (1 - c step / 2)), by
+    the cut where E is steep and by the box, whose walls gather what would leave. After each step x
+    becomes hook(x, e, g), e (B,) and g being energy and uncut gradient before it."""
+    for _ in range(steps):
+        z = torch.randn(x.shape, generator=generator, device=x.device)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            e = energy(x)
+            (g,) = torch.autograd.grad(e.sum(), x)  # of x alone: weights get no gradient
+        x = hook((x.detach() - step * g.clamp(-clamp, clamp) + noise * z).clamp(0, 1),
+                 e.detach(), g)
+    return x.detach()
+
+class Buffer(nn.Module):
+    """The ends of `size` persistent chains, as bytes (size, ...); they start as noise."""
+    def __init__(self, size, shape=(3, 32, 32), generator=None, device=None):
+        super().__init__()
+        self.register_buffer("chains", torch.randint(
+            256, (size, *shape), dtype=torch.uint8, generator=generator, device=device))
+    def draw(self, count, fresh, generator=None):
+        """(slots, x): `count` different chains, each with probability `fresh` uniform noise."""
+        kind = {"generator": generator, "device": self.chains.device}
+        slots = torch.randperm(len(self.chains), **kind)[:count]
+        x = dequantise(self.chains[slots], generator)
+        anew = torch.rand(count, *[1] * (x.dim() - 1), **kind) < fresh
+        return slots, torch.where(anew, torch.rand(x.shape, **kind), x)
+    def write(self, slots, x, good):
+        """Put the ends x where the chains came from, unless the flag good () is False."""
+        self.chains[slots] = torch.where(good, quantise(x), self.chains[slots])
+# ----------------------------------------------------------------------------------------- guards
+class Guard(nn.Module):
+    """Tells good steps, on the device, so that nothing waits for it; counts the others."""
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("recent", torch.zeros(101))
+        self.register_buffer("skipped", torch.zeros(()))
+    def forward(self, gap, norm):
+        """A flag (): gap and gradient norm are finite, the gap within 1 or 5 of recent medians."""
+        gap = gap.detach().abs()
+        good = gap.isfinite() & norm.isfinite() & (gap <= (5 * self.recent.median()).clamp(min=1))
+        self.recent = torch.cat([self.recent[1:], gap[None].nan_to_num(0, 0)])
+        self.skipped += ~good
+        return good
+def trouble(net, skipped, last):
+    """Why the last healthy state is due, or ""; `last` has the latest of TERMS by name."""
+    reasons = {
+        "weights not finite": not all(p.isfinite().all() for p in net.parameters()),
+        f"{skipped:.0f} steps skipped": skipped >= 50,
+        "energies above 10": max(abs(last[key]) for key in TERMS[:3]) > 10,
+        "chains black and white": last["saturated"] > max(0.5, 3 * last["data saturated"])}
+    return ", ".join(reason for reason, true in reasons.items() if true)
+# ----------------------------------------------------------------------------------- bookkeeping
+def die(message):
+    """Bad input: one line on stderr, exit status 2."""
+    print("error:", *str(message).splitlines(), file=sys.stderr)
+    raise SystemExit(2)
+def learning_rate(step, total, peak):
+    """Half a cosine from peak to 0 under a linear warm-up of 5 % of the run, at most 500 steps."""
+    warmup = min(500, max(1, total // 20))
+    return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
+@torch.no_grad()
+def update_ema(ema, net, step, half_life):
+    """Average the weights, half-life in steps; in a young run over about its last tenth."""
+    decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+def save_checkpoint(path, state):
+    """A dict of tensors and plain values, written whole or not at all; OSError if it cannot be."""
+    partial = path.with_suffix(".tmp")
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"model": NAME, **state}, file)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+def load_checkpoint(path):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["model"] != NAME:
+            raise ValueError(f"{state['model']}.py wrote it")
+        return state
+    except Exception as error:  # missing, damaged or another model's: of many types
+        die(f"no {NAME} checkpoint in {path} ({type(error).__name__}: {str(error)[:80]!r}): train "
+            "first, or name the folder of a run with --out")
+
+def plot(path, x, lines, **axis):
+    """lines {name: values} over x as a PNG file."""
+    from matplotlib.figure import Figure
+    axes = Figure(layout="constrained").add_subplot(**axis)
+    axes.plot(x, torch.tensor(list(lines.values())).T, marker=".", label=list(lines))
+    axes.legend()
+    axes.figure.savefig(path)
+def write_log(rows, folder):
+    """log.csv, a row an epoch, and its losses as curves.png."""
+    lines = [rows[0], *(row.values() for row in rows)]
+    (folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    losses = {key: [row[key] for row in rows] for key in rows[0] if "loss" in key}
+    plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
+# ------------------------------------------------------------------------------------------ train
+TERMS = ["E data", "E chain start", "E chain end", "gap", "penalty", "mean |gradient|", "clamped",
+         "saturated", "data saturated", "skipped"]  # a row of the log, means over batch and pixels
+def build(args, device):
+    torch.manual_seed(args.seed)
+    net = EnergyNet(args.amp, args.width, args.mults, args.blocks, args.stride)
+    return net.to(device, memory_format=torch.channels_last)
+@torch.no_grad()
+def energies(net, images, g=None):  # of uint8 images
+    return torch.cat([net(dequantise(x, g)) for x in images.split(250)])
+def walls(x):  # share of numbers on the walls of the box
+    return ((x <= 0) | (x >= 1)).float().mean()
+
+def train(args, state, device, out):
+    """Start, or go on from the checkpoint `state`."""
+    from tqdm import tqdm
+    from common import batches, load, save_grid
+    images, test = (split.to(device) for split in load(args.data, args.subset))
+    size, steps = args.batch_size, len(images) // args.batch_size  # steps an epoch
+    if not steps:
+        die(f"{len(images)} training images do not fill a batch: lower --batch-size")
+    total, step, seconds, rows, failures = args.epochs * steps, 0, 0.0, [], 0
+    net, g = build(args, device), torch.Generator(device).manual_seed(args.seed)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    still = copy.deepcopy(ema)  # the weights of net, in the same memory, without gradients
+    still.load_state_dict(net.state_dict(), assign=True)
+    buffer = Buffer(max(args.buffer, size), images.shape[1:], g, device)
+    log = torch.zeros(steps, len(TERMS), device=device)  # of the current epoch
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.0, 0.999), fused=True)
+    guard = Guard().to(device)
+    parts = dict(net=net, ema=ema, optimizer=optimizer, buffer=buffer, guard=guard)
+    def states():
+        return {key: part.state_dict() for key, part in parts.items()}
+    def go_to(states):
+        for key, part in parts.items():  # copies, for an optimiser works in those that it is given
+            part.load_state_dict(copy.deepcopy(states[key]))
+    if state:
+        step, seconds, rows, failures = (state[k] for k in ("step", "seconds", "rows", "failures"))
+        go_to(state)
+        g.set_state(state["random"])
+        log[: len(state["log"])] = state["log"].to(device)
+    healthy = copy.deepcopy(states())
+    if args.compile:
+        net.forward, still.forward, ema.forward = map(torch.compile, (
+            net.forward, still.forward, ema.forward))
+    print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
+          f", step {step} of {total} on {device}{', bf16' * args.amp}; {args.steps} Langevin steps "
+          f"an update, at T = {args.noise**2 / 2 / args.step_size:.3g}")
+    out.mkdir(parents=True, exist_ok=True)
+    def save():
+        save_checkpoint(out / "checkpoint.pt", {
+            "args": {key: getattr(args, key) for key in KEPT}, "rows": rows,
+            "epoch": step // steps, "step": step, "seconds": seconds, "random": g.get_state(),
+            "log": log, "failures": failures, **states()})
+    stop = []  # why, once there is a reason; a second Ctrl-C does not wait for the end of the step
+    signal.signal(signal.SIGINT, lambda *signal_and_frame: (
+        signal.default_int_handler(*signal_and_frame) if stop else stop.append("interrupted")))
+    bar = tqdm(total=total * size, initial=step * size, unit="img", disable=None)
+    begin, shown = time.time(), 0
+    while step < total and not stop:
+        tick, first = time.time(), step
+        for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
+            rate = learning_rate(step, total, args.lr) / 2**failures
+            optimizer.param_groups[0]["lr"], seen = rate, []
+            slots, chains = buffer.draw(size, args.fresh, g)
+            chains = langevin(still, chains, args.steps, args.step_size, args.noise, args.clamp, g,
+                              lambda x, e, g, seen=seen: (seen.append((e, g)), x)[1])
+            data = dequantise(x, g, args.smooth)
+            gap, penalty, plus, minus = contrastive_divergence(net, data, chains, args.penalty)
+            optimizer.zero_grad()
+            (gap + penalty).backward()
+            good = guard(gap, nn.utils.clip_grad_norm_(net.parameters(), 0.5))
+            for p in net.parameters():  # as beta_1 is 0, Adam moves nothing without a gradient
+                p.grad = torch.where(good, p.grad, 0)
+            optimizer.step()
+            net.project()
+            update_ema(ema, net, step, args.ema * total)
+            buffer.write(slots, chains, good)
+            slope = seen[-1][1].abs()
+            log[step % steps] = torch.stack([
+                plus.mean(), seen[0][0].mean(), minus.mean(), gap, penalty, slope.mean(),
+                (slope > args.clamp).float().mean(), walls(chains), walls(data), ~good]).detach()
+            step, now = step + 1, time.time()
+            bar.update(size)
+            if args.time_limit is not None and now - begin > 60 * args.time_limit:
+                stop.append("time limit")
+            due = step % steps % 500 == 0  # for a copy of what is healthy
+            if now - shown > 1 or stop or due:  # the only wait for the device
+                last = dict(zip(TERMS, log[(step - 1) % steps].tolist(), strict=True))
+                if why := trouble(net, guard.skipped.item(), last):
+                    go_to(healthy)
+                    failures += 1
+                    bar.write(f"step {step}: {why}; back to the last healthy state, half the rate")
+                if failures == 3:
+                    raise FloatingPointError(
+                        f"diverged three times, at last at step {step} ({why}); {out} is as before:"
+                        f" --resume or start anew with --lr {args.lr / 10:.1g}")
+                if due:
+                    guard.skipped.zero_()
+                    healthy = copy.deepcopy(states())
+                bar.set_postfix(gap=f"{last['gap']:.4f}", epoch=f"{step / steps:.1f}")
+                shown = now
+            if stop:
+                break
+        seconds += time.time() - tick
+        if step % steps == 0:
+            rate = (step - first) * size / (time.time() - tick)
+            kept = log[log[:, -1] == 0].mean(0).nan_to_num(0).tolist()
+            rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds,
+                         "train loss": kept[3] + kept[4], **dict(zip(TERMS, kept, strict=True)),
+                         "skipped": log[:, -1].sum().item(), "failures": failures})
+            fixed = torch.Generator(device).manual_seed(0)
+            rows[-1]["E test"] = energies(ema, test[:1000], fixed).mean().item()
+            save()
+            write_log(rows, out)
+            lines = {key: [row[key] for row in rows] for key in rows[0] if "E " in key}
+            plot(out / "energies.png", [row["epoch"] for row in rows], lines, xlabel="epoch")
+            bar.write("  ".join(f"{key} {value:.5g}" for key, value in rows[-1].items()))
+        if step == total or step % (steps * args.sample_every) == 0:
+            fixed = torch.Generator(device).manual_seed(args.seed)
+            save_grid(generate(args, ema, 64, fixed), out / f"samples_{step // steps:04d}.png")
+    bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if step < total:
+        save()
+        print(f"{stop[0]}: saved step {step} of {total}, go on with --resume --out {out}")
+        raise SystemExit(130 if stop[0] == "interrupted" else 0)
+    draw_chains(args, ema, test, out)
+# ------------------------------------------------------------------------------------------- uses
+LONG = 1000  # Langevin steps of long_run.png
+def sample(args, net, x, g=None, steps=None, hook=lambda x, e, g: x):
+    """x (B, 3, 32, 32) in [0, 1] after that many Langevin steps, or args.chain."""
+    from tqdm import tqdm
+    with tqdm(total=steps or args.chain, unit="step", leave=False, disable=None) as bar:
+        return langevin(net, x, bar.total, args.step_size, args.noise, args.clamp, g,
+                        lambda *now: (bar.update(), hook(*now))[1])
+def generate(args, net, count, g):
+    """uint8 images (count, 3, 32, 32) from uniform noise, never from the buffer; the last step,
+    smooth^2 / T and without noise, takes the noise of the data off (Tweedie's formula)."""
+    x = sample(args, net, torch.rand(count, 3, 32, 32, generator=g, device=g.device), g)
+    return quantise(langevin(net, x, 1, 2 * args.step_size * (args.smooth / args.noise) ** 2, 0))
+def draw_chains(args, net, test, out):
+    """Columns of chains, each row later: from noise; long ones, from test images and from noise.
+    If long chains from images leave them, the energy is no density but serves short chains."""
+    from common import save_grid
+    g = torch.Generator(test.device).manual_seed(args.seed)
+    noise = torch.rand(8, 3, 32, 32, generator=g, device=test.device)
+    both = torch.cat([dequantise(test[:8], g), noise])
+    for name, x, steps in ("chains", noise, args.chain), ("long_run", both, LONG):
+        rows = [x]
+        sample(args, net, x, g, steps, lambda x, e, g, rows=rows: (rows.append(x), x)[1])
+        rows = torch.cat([x, *(rows[int(steps ** (i / 7))] for i in range(1, 8))])
+        save_grid(quantise(rows), out / f"{name}.png", columns=len(x))
+def restore(truth, known):  # a hook that sets the known pixels to the truth
+    return lambda x, e, g: torch.where(known, truth, x)
+def outliers(test, g):
+    """{name: uint8 images} like no image of the test set: as many, of the same shape."""
+    kind, n = {"generator": g, "device": test.device}, len(test)
+    order = torch.rand(n, 1, test[0, 0].numel(), **kind).argsort(2)
+    return {
+        "uniform": torch.randint(256, test.shape, dtype=torch.uint8, **kind),
+        "constant": torch.randint(256, (n, 3, 1, 1), dtype=torch.uint8, **kind).expand_as(test),
+        "shuffled": test.flatten(2).gather(2, order.expand(-1, 3, -1)).view_as(test),
+        "interpolated": ((test.int() + test[torch.randperm(n, **kind)]) // 2).to(torch.uint8),
+        "upside-down": test.flip(2)}
+def auroc(inside, outside):
+    """Probability that one of `outside` (M,) has more energy than one of `inside` (N,); ties count
+    half. The area under the curve of true against false alarms."""
+    inside = inside.sort().values
+    below = sum(torch.searchsorted(inside, outside, right=right) for right in (False, True))
+    return (below.double().mean() / 2 / len(inside)).item()
+def psnr(x, y):  # peak signal to noise in dB, (B,), of x and y (B, ...) in [0, 1]
+    return -10 * (x - y).square().flatten(1).mean(1).log10()
+
+def apply(args, state, device, out):
+    """What --generate, --inpaint, --denoise and --evaluate do with the trained weights."""
+    from matplotlib.figure import Figure
+    from common import export, load, save_grid
+    net = build(args, device).requires_grad_(False)
+    net.load_state_dict(state["ema"])
+    g = torch.Generator(device).manual_seed(args.seed)
+    images, test = (x.to(device) for x in load(args.data))
+    for start in range(0, args.generate or 0, 256):
+        x = generate(args, net, min(256, args.generate - start), g)
+        export(x, out / "generated", start)
+        if start == 0:
+            save_grid(x[:64], out / "generated.png")
+        print(f"{start + len(x)} of {args.generate} images in {out / 'generated'}")
+    if args.inpaint:  # rows of a test image, the same without its centre, and six completions
+        known = nn.functional.pad(torch.zeros(16, 16, device=device), [8] * 4, value=1).bool()
+        truth = dequantise(test[:6, None], g)
+        many = truth.expand(-1, 6, -1, -1, -1).flatten(0, 1)
+        hook, noise = restore(many, known), torch.rand(many.shape, generator=g, device=device)
+        x = sample(args, net, hook(noise, None, None), g, hook=hook).unflatten(0, (-1, 6))
+        rows = torch.cat([truth, torch.where(known, truth, 0), x], dim=1)
+        save_grid(quantise(rows.flatten(0, 1)), out / "inpaint.png")
+    if args.denoise:  # salt and pepper on a tenth of the pixels; rows of truth, before, after
+        truth = dequantise(test[:16], g)
+        u = torch.rand(len(truth), 1, 32, 32, generator=g, device=device)
+        before = torch.where(u < 0.1, (u < 0.05).float(), truth)
+        after = sample(args, net, before, g, args.steps)
+        print(f"PSNR {psnr(before, truth).mean():.2f} dB before, "
+              f"{psnr(after, truth).mean():.2f} dB after denoising, of {len(truth)} test images")
+        rows = torch.stack([truth, before, after], dim=1).flatten(0, 1)
+        save_grid(quantise(rows), out / "denoise.png", columns=12)
+    if args.evaluate:
+        others = outliers(test, g)
+        if args.ood:
+            others[args.ood] = torch.cat(load(args.ood)).to(device)
+        sets = {"train": images[: len(test)], "test": test, "samples": generate(args, net, 100, g)}
+        e = {name: energies(net, x, g).cpu() for name, x in {**sets, **others}.items()}
+        for name in others:
+            print(f"AUROC {auroc(e['test'], e[name]):.3f}  of test images, of mean energy "
+                  f"{e['test'].mean():.4f}, against {name}, of {e[name].mean():.4f}")
+        axes = Figure().add_subplot(xlabel="energy", ylabel="density")
+        for name in sets:
+            axes.hist(e[name], 50, density=True, histtype="step", label=name)
+        axes.legend()
+        axes.figure.savefig(out / "histogram.png")
+# -------------------------------------------------------------------------------------------- CLI
+KEPT = ["width", "mults", "blocks", "stride", "data", "subset", "batch_size", "buffer", "epochs",
+        "lr", "ema", "seed", "sample_every", "steps", "step_size", "noise", "clamp", "chain",
+        "fresh", "penalty", "smooth"]  # the first are fixed by a checkpoint, the others remembered
+def parse(argv=None):
+    """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: die(f"{message} (see --help)")
+    tick, switch = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
+    def flag(name, default, text, **options):
+        kind = {} if "action" in options else {"type": type(default)}
+        text += f" (default: {default})" if default else ""
+        group.add_argument(name, default=default, help=text, **{**kind, **options})
+    group = parser.add_argument_group("the same in nvae.py, ncsn.py and ebm.py")
+    flag("--data", "cifar10", "cifar10, shapes, a folder of images or a .npz file")
+    flag("--subset", 0, "train on that many images only; 0, the default, is all")
+    flag("--epochs", 50, "passes over the training images")
+    flag("--batch-size", 128, "images a step")
+    flag("--lr", 1e-4, "highest learning rate")
+    flag("--ema", 0.05, "half-life of the average of weights, as a share of the run")
+    flag("--seed", 0, "of weights, order of images and noise; 0 by default")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = [*["cuda"][: len(gpus)], *gpus, "cpu"]
+    flag("--device", here[0], "where to compute", choices=here)
+    flag("--amp", None, "bf16 in the network; by default where the hardware has it", **switch)
+    flag("--compile", None, "torch.compile; by default on cuda", **switch)
+    flag("--out", f"runs/{NAME}", "folder of the run")
+    flag("--resume", False, "go on from the checkpoint in --out", **tick)
+    flag("--time-limit", None, "then save and stop", type=float, metavar="MINUTES")
+    flag("--sample-every", 5, "epochs from one grid of samples to the next")
+    flag("--generate", None, "only write that many samples as PNG files", type=int, metavar="N")
+    flag("--evaluate", False, "only measure on the test images", **tick)
+    group = parser.add_argument_group(NAME)
+    flag("--width", 64, "channels at the highest resolution")
+    flag("--mults", [1, 2, 4, 4], "channels at each resolution, in units of the width",
+         type=lambda text: [int(m) for m in text.split(",")], metavar="M,M,...")
+    flag("--blocks", 2, "residual blocks at a resolution")
+    flag("--stride", 1, "pixels to a place of the highest resolution", choices=[1, 2, 4])
+    flag("--steps", 40, "Langevin steps an update, K, and of --denoise", metavar="K")
+    flag("--step-size", 10.0, "a: what a step takes of the gradient")
+    flag("--noise", 0.005, "s: std of the noise of a step; images are in [0, 1]")
+    flag("--clamp", 0.01, "largest gradient of a pixel")
+    flag("--chain", 500, "Langevin steps from noise to a sample")
+    flag("--buffer", 10_000, "persistent chains")
+    flag("--fresh", 0.05, "share of the drawn chains that start anew")
+    flag("--penalty", 1.0, "alpha: weight of the squared energies")
+    flag("--smooth", 0.015, "std of the noise on training images")
+    flag("--inpaint", False, "only complete test images whose centre is hidden", **tick)
+    flag("--denoise", False, "only clean test images of salt and pepper", **tick)
+    flag("--ood", None, "other images for --evaluate, like --data", type=str)
+    args, state = parser.parse_args(argv), None
+    path = Path(args.out) / "checkpoint.pt"
+    use = args.generate or args.evaluate or args.inpaint or args.denoise
+    if use or args.resume:
+        state = load_checkpoint(path)
+        parser.set_defaults(**state["args"])
+        args = parser.parse_args(argv)
+        for key in KEPT[: 4 if use else 8]:
+            if getattr(args, key) != state["args"][key]:
+                name = key.replace("_", "-")
+                die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
+    elif path.exists():
+        die(f"{path} is there already: go on with --resume, or name another folder with --out")
+    for key, value in vars(args).items():
+        low = 1e-9 * (key not in "subset lr seed time_limit fresh penalty smooth".split())
+        if type(value) in (int, float) and not low <= value < 2**31:
+            die(f"--{key.replace('_', '-')} {value} is out of range")
+    if not 0 < len(args.mults) <= 7 - args.stride.bit_length() or min(args.mults) < 1:
+        die("--mults takes numbers above 0, up to 6, or 5 with --stride 2, 4 with --stride 4")
+    if args.fresh > 1:
+        die("--fresh is a share, from 0 to 1")
+    return args, state, use
+
+def main(argv=None):
+    args, state, use = parse(argv)
+    device, gpu = torch.device(args.device), args.device != "cpu"
+    args.compile = gpu if args.compile is None else args.compile
+    args.amp = gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() if args.amp is None else args.amp
+    try:
+        (apply if use else train)(args, state, device, Path(args.out))
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        die(error)
+    except (OSError, RuntimeError) as error:  # torch.save hides that of a full disk in its own
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+            raise
+        die(f"{error}; what was there before is kept: make room, then --resume")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+if __name__ == "__main__":
+    main()
