@@ -382,7 +382,7 @@ def apply(args, state, device, out):
                   f"{e['test'].mean():.4f}, against {name}, of {e[name].mean():.4f}")
         low, high = (end(*(e[name].quantile(q).item() for name in sets))
                      for end, q in ((min, 0.001), (max, 0.999)))
-        lines = {name: torch.histc(e[name], 50, low, high) / len(e[name]) for name in sets}
+        lines = {name: (e[name].histc(50, low, high) / len(e[name])).tolist() for name in sets}
         plot(out / "histogram.png", torch.linspace(low, high, 50), lines, xlabel="energy")
 # -------------------------------------------------------------------------------------------- CLI
 KEPT = ["width", "mults", "blocks", "stride", "data", "subset", "batch_size", "buffer", "epochs",
