@@ -144,7 +144,7 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
 @torch.no_grad()
 def update_ema(ema, net, step, half_life):
-    """Average the weights, half-life in steps; in a young run over about its last tenth."""
+    """Average the weights, half-life in steps; in a young run, of a tenth of the steps so far."""
     decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
@@ -409,7 +409,7 @@ def parse(argv=None):
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = [*["cuda"][: len(gpus)], *gpus, "cpu"]
     flag("--device", here[0], "where to compute", choices=here)
-    flag("--amp", None, "bf16 in the network; by default where the hardware has it", **switch)
+    flag("--amp", None, "bf16 in the network; by default on cuda and cpus that have it", **switch)
     flag("--compile", None, "torch.compile; by default on cuda", **switch)
     flag("--out", f"runs/{NAME}", "folder of the run")
     flag("--resume", False, "go on from the checkpoint in --out", **tick)

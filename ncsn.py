@@ -1,4 +1,4 @@
-"""NCSN: a noise conditional score network on 32x32 images, in one file.
+"""NCSN: a noise conditional score network on 32x32 images, in one file (data from common.py).
 
 The score of a density p is grad_x log p(x), the direction in which an image becomes more likely.
 Real images fill so little of pixel space that their own score is undefined nearly everywhere. Song
@@ -15,16 +15,16 @@ arXiv:2206.00364) keep input and target of F at unit mean square, which makes sh
 sigma_data the root mean square of the images and r^2 = sigma^2 + sigma_data^2,
     D(y, sigma) = c_skip y + c_out F(c_in y, ln sigma)        w = 1 / c_out^2
     c_skip = sigma_data^2 / r^2       c_out = sigma sigma_data / r       c_in = 1 / r
-NCSN is the case c_skip = 1, c_out = sigma, c_in = 1. Either way F = 0 has loss 1 at every sigma.
+NCSN is the case c_skip = 1, c_out = sigma, c_in = 1. F = 0 has an expected loss of 1 at any sigma.
 
-Sampling over levels sigma_1 > ... > sigma_L in a fixed ratio gamma = sigma_i / sigma_(i+1):
+Sampling over levels sigma_1 > ... > sigma_L, last of all x + sigma_L^2 score(x, sigma_L) = D:
     langevin    T steps a level of x += a score(x, sigma_i) + sqrt(2 a) z,  a = step sigma_i^2
     consistent  one step a level; freshness 0 adds no noise, freshness 1 is ancestral sampling
-    heun        the ODE dx/dsigma = -sigma score(x, sigma) (probability flow), without fresh noise
+    heun        the ODE dx/dsigma = -sigma score(x, sigma) (probability flow) over 18 levels
     python ncsn.py --epochs 50                                train on CIFAR-10, files in runs/ncsn
     python ncsn.py --generate 1000                            PNG files, from the trained weights
     python ncsn.py --evaluate --inpaint --interpolate         loss by sigma, bits/dim, pictures
-Not as in the papers: U-Net, continuous sigma, ladder from the images, EMA as a share of the run.
+Not as in NCSN's papers: D, U-Net, continuous sigma, averaged weights (EMA) over a share of a run.
 Notation: B batch, C channels, H W pixels, L levels; images are float (B, 3, 32, 32) in [-1, 1]."""
 import argparse, copy, math, os, signal, sys, time
 from itertools import pairwise
@@ -60,24 +60,24 @@ class Block(nn.Module):
 
 class ScoreNet(nn.Module):
     """The denoiser D(x, sigma) and its score, both shaped like x; sigma is a tensor () or (B,).
-    U-Net F: width * mults channels at 32x32, 16x16, ..., `blocks` blocks down and up at each."""
+    F is a U-Net: width * mults channels at 32x32, 16x16, ..., `blocks` blocks each way at each."""
     def __init__(self, sigma_data=0.5, sigma_max=100.0, amp=False,
                  width=128, mults=(1, 2, 2), blocks=3):
         super().__init__()
         self.sigma_data, self.sigma_max, self.amp = sigma_data, sigma_max, amp
-        widths, emb, last = [width * m for m in mults], 4 * width, blocks - 1
+        widths, emb, end, at = [width * m for m in mults], 4 * width, blocks - 1, (1, 2)
         self.register_buffer("frequencies", torch.logspace(-1.5, 0.5, width // 2))
         self.embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleList(
-            Block(c if i else above, c, emb, attention=level == 1) for i in range(blocks))
+        self.down = nn.ModuleList(nn.ModuleList(  # with attention at 16x16 and 8x8
+            Block(c if i else above, c, emb, attention=level in at) for i in range(blocks))
             for level, (above, c) in enumerate(zip(widths[:1] + widths[:-1], widths, strict=True)))
         self.middle = Block(widths[-1], widths[-1], emb, attention=True)
-        self.up = nn.ModuleList(nn.ModuleList(  # attention is dear: here only the last block has it
-            Block(c + (c if i else below), c, emb, level == 1 and i == last) for i in range(blocks))
+        self.up = nn.ModuleList(nn.ModuleList(  # attention is dear: here only last blocks have it
+            Block(c + (c if i else below), c, emb, i == end and level in at) for i in range(blocks))
             for level, (c, below) in enumerate(zip(widths, widths[1:] + widths[-1:], strict=True)))
         self.out = nn.Sequential(norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1))
-        for name, parameter in self.named_parameters():  # F starts as zero, a block as its skip
+        for name, parameter in self.named_parameters():  # F starts as zero, blocks do nothing new
             if any(end in name for end in ("out.2.", "conv2.", "out_proj.")):
                 nn.init.zeros_(parameter)
     def F(self, x, ln_sigma):
@@ -116,8 +116,8 @@ def measure(images):
 
 def make_ladder(sigma_max, dim, sigma_min=SIGMA_MIN, overlap=0.5):
     """Levels (L,) from sigma_max down to sigma_min, Langevin step and T, for images of dim numbers.
-    |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2). Of its mass at each level `overlap` lies
-    within 3 std of the level above (2020, technique 2), at most 3 times as loud: with Phi the
+    |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2): of each level `overlap` lies within 3 std
+    of the one above (2020, technique 2), whose sigma is at most 3 times as large. With Phi the
     normal CDF, 1 - Phi(d - 3 gamma) = overlap for d = sqrt(2 dim) (gamma - 1)."""
     root, q = math.sqrt(2 * dim), torch.special.ndtri(torch.tensor(overlap)).item()
     gamma = (root - q) / max(root - 3, (root - q) / 3)
@@ -125,9 +125,9 @@ def make_ladder(sigma_max, dim, sigma_min=SIGMA_MIN, overlap=0.5):
     levels = torch.logspace(math.log10(sigma_max), math.log10(sigma_min), count)
     return levels, *langevin_settings(gamma)
 def langevin_settings(gamma, excess=0.06):
-    """(step, T), the fewest steps T that bring a level's variance within `excess` of its due.
+    """(step, T), the fewest steps T that bring variance within `excess` of 1, in sigma_i^2.
     If all images were 0, a step would be x = (1 - step) x + sqrt(2 step) sigma_i z; T turn variance
-    gamma^2 into (1 - step)^(2 T) (gamma^2 - b) + b, times sigma_i^2 (2020, technique 4)."""
+    gamma^2 into (1 - step)^(2 T) (gamma^2 - b) + b, b = 2 / (2 - step) (2020, technique 4)."""
     step = torch.logspace(-4, -0.01, 20000, dtype=torch.float64)
     b, steps, error = 2 / (2 - step), 0, torch.ones(1)
     while error.min() > excess:
@@ -138,7 +138,7 @@ def langevin_settings(gamma, excess=0.06):
 def sample_sigma(count, sigma_data, sigma_max, focus=0.6, generator=None, device=None):
     """One sigma an image, (count,), each from its own 1/count of the distribution (stratified):
     ln sigma is logistic, of scale 0.7 about ln(focus sigma_data), and its tails cover the ladder.
-    At .6 texture and shape are decided; less noise hides little, more leaves the mean colour."""
+    Near it photos' shapes are decided: less noise hides texture only, more leaves mean colours."""
     u = torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)
     return (focus * sigma_data * (u / (count - u)) ** 0.7).clamp(SIGMA_MIN, sigma_max)
 # ------------------------------------------------------------------------------------------- loss
@@ -153,7 +153,7 @@ def denoising_loss(denoise, x, sigma, sigma_data, generator=None):
     error = denoise(x + sigma[:, None, None, None] * z, sigma) - x
     return (1 / sigma**2 + 1 / sigma_data**2) * error.square().flatten(1).mean(1)
 # --------------------------------------------------------------------------------------- samplers
-# Each takes any score(x, sigma), starts from x = sigma_1 z (B, ...), walks down the levels (L,) and
+# Each takes any score(x, sigma), starts at x = sigma_1 z (B, ...), walks along the levels (L,) and
 # ends with the denoising step x + sigma_L^2 score = D(x, sigma_L). After every step x becomes
 # hook(x, sigma), through which inpainting sets known pixels and pictures watch the chain.
 @torch.no_grad()
@@ -221,7 +221,7 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
 @torch.no_grad()
 def update_ema(ema, net, step, half_life):
-    """Average the weights, half-life in steps; in a young run over about its last tenth."""
+    """Average the weights, half-life in steps; in a young run, of a tenth of the steps so far."""
     decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
@@ -263,7 +263,7 @@ def build(args, sigmas, device):
     net = ScoreNet(*sigmas, args.amp, width=args.width, mults=args.mults, blocks=args.blocks)
     return net.to(device, memory_format=torch.channels_last)
 def test_loss(net, images, sigma=None):
-    """Mean loss of uint8 images with fixed noise, at sample_sigma's or at the one sigma given."""
+    """Mean loss of uint8 images, noise fixed, at sigmas of focus .6 or at the one given."""
     g, total = torch.Generator(images.device).manual_seed(0), 0.0
     for x in images.split(250):
         s = sample_sigma(len(x), net.sigma_data, net.sigma_max, generator=g, device=x.device)
@@ -279,7 +279,7 @@ def train(args, state, device, out):
     size, steps = args.batch_size, len(images) // args.batch_size  # steps an epoch
     if not steps:
         die(f"{len(images)} training images do not fill a batch: lower --batch-size")
-    total, losses = args.epochs * steps, torch.zeros(steps, device=device)  # of the current epoch
+    total, losses = args.epochs * steps, torch.zeros(steps, device=device)  # losses of an epoch
     step, seconds, rows, sigmas = 0, 0.0, [], state["sigmas"] if state else measure(images)
     net, g = build(args, sigmas, device), torch.Generator(device).manual_seed(args.seed)
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -413,7 +413,7 @@ def apply(args, state, device, out):
         losses = [test_loss(net, test[:1000], sigma) for sigma in sigmas]
         plot(out / "loss_by_sigma.png", sigmas, {"test loss": losses}, xlabel="sigma", xscale="log")
         print(*map("sigma {:9.4f}  loss {:.4f}".format, sigmas, losses), sep="\n")
-        net.amp, levels = False, heun_levels(net.sigma_max, 128).to(device)  # 3,072 terms: fp32
+        net.amp, levels = False, heun_levels(net.sigma_max, 128).to(device)  # exact, not bf16
         bits = torch.cat([bits_per_dim(net.score, dequantise(x, g), levels, g)
                           for x in test[: args.bits_images].split(100)])
         print(f"bits/dim {bits.mean():.3f}, standard error {bits.std() / len(bits) ** 0.5:.3f}, "
@@ -442,7 +442,7 @@ def parse(argv=None):
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = [*["cuda"][: len(gpus)], *gpus, "cpu"]
     flag("--device", here[0], "where to compute", choices=here)
-    flag("--amp", None, "bf16 in the network; by default where the hardware has it", **switch)
+    flag("--amp", None, "bf16 in the network; by default on cuda and cpus that have it", **switch)
     flag("--compile", None, "torch.compile; by default on cuda", **switch)
     flag("--out", f"runs/{NAME}", "folder of the run")
     flag("--resume", False, "go on from the checkpoint in --out", **tick)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import common
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["ncsn", "ebm"]
+SCRIPTS = ["ncsn", "nvae", "ebm"]
 STEPS = 3  # an epoch: 52 images, 16 a step, 4 left out
 TIMES = {"seconds", "images/s"}
 FLAGS = """data subset epochs batch-size lr ema seed device amp compile out resume time-limit
@@ -52,7 +52,8 @@ ERRORS = {  # flags: what the line must name
 OWN_ERRORS = {"ncsn": {
     "--sampler nonsense": "--sampler", "--freshness -1": "--freshness", "--blocks 0": "--blocks",
     "--width 5": "--width", "--width 0": "--width", "--mults x": "--mults", "--mults 0": "--mults",
-    "--inpaint": "train first", "--interpolate": "train first"},
+    "--mults 1,1,1,1,1,1,1": "--mults", "--inpaint": "train first",
+    "--interpolate": "train first"},
     "nvae": {
     "--width 0": "--width", "--groups x": "--groups", "--groups 0": "--groups",
     "--groups 1,1,1,1,1": "--groups", "--cells 0": "--cells", "--outer 0": "--outer",
@@ -371,6 +372,33 @@ def test_ncsn_inpaints_and_interpolates(run, trained, data, monkeypatch):
     assert away[:, 0].max() <= 1 and away[:, :, ~hidden].max() <= 1  # the known pixels are kept
     assert all(len(row[2:, hidden].unique(dim=0)) == 6 for row in rows)  # six ways to complete it
 
+@pytest.mark.parametrize("whole", ["nvae"], indirect=True)
+def test_nvae_anneals_by_the_step_and_anew_after_a_longer_warm_up(run, trained, monkeypatch):
+    betas, kl_loss = [], run.module.kl_loss
+    monkeypatch.setattr(run.module, "kl_loss", lambda kl, beta, alpha: (
+        betas.append(beta), kl_loss(kl, beta, alpha))[1])
+    assert run.train("--epochs 3 --kl-warmup 2 --out s") == 0
+    assert betas == pytest.approx([1e-4, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1])
+    assert run("--resume --epochs 4 --kl-warmup 8 --out s") == 0
+    assert betas[9:] == pytest.approx([9 / 24, 10 / 24, 11 / 24])
+    assert run.train("--epochs 1 --kl-warmup 0 --out t") == 0 and betas[13:] == [1, 1]
+
+@pytest.mark.parametrize("whole", ["nvae"], indirect=True)
+def test_nvaes_pictures(run, trained, data, monkeypatch):
+    grids, save_grid = {}, common.save_grid
+    monkeypatch.setattr(common, "save_grid", lambda images, path, *rest, **options: (
+        grids.__setitem__(Path(path).name, images), save_grid(images, path, *rest, **options)))
+    assert run("--resume --epochs 3 --out r") == 0 and run("--interpolate --evaluate --out r") == 0
+    assert {"interpolate.png", "kl_by_group.png"} < set(files(trained))
+    test = torch.from_numpy(np.load(data)["test"]).permute(0, 3, 1, 2)
+    assert torch.equal(grids["reconstructions.png"][::2], test)
+    assert grids["temperatures.png"].shape[0] == 5 * 8
+    rows = grids["scales.png"].unflatten(0, (4, 2, 8))  # images, scales, itself and seven draws
+    assert torch.equal(rows[:, :, 0], test[:4, None].expand(-1, 2, -1, -1, -1))
+    assert all(len(row.unique(dim=0)) == 7 for row in rows[:, 0, 1:])  # the finer scale redrawn
+    assert all(len(row.unique(dim=0)) == 1 for row in rows[:, 1, 1:])  # nothing left to draw
+    assert len(grids["interpolate.png"].unique(dim=0)) > 32
+
 @pytest.mark.parametrize("whole", ["ebm"], indirect=True)
 def test_ebms_pictures(run, trained, data, capfd, monkeypatch):
     grids, save_grid = {}, common.save_grid
@@ -386,7 +414,7 @@ def test_ebms_pictures(run, trained, data, capfd, monkeypatch):
     away, hidden = (rows - test[:6, None].int()).abs(), torch.zeros(32, 32, dtype=torch.bool)
     hidden[8:24, 8:24] = True
     assert away[:, 0].max() == 0 and away[..., ~hidden].max() == 0  # the known pixels are kept
-    assert all(len(row[2:, :, hidden].unique(dim=0)) == 6 for row in rows)  # six ways to complete it
+    assert all(len(row[2:, :, hidden].unique(dim=0)) == 6 for row in rows)  # six ways
     rows = grids["denoise.png"].unflatten(0, (12, 3))
     changed = (rows[:, 0] != rows[:, 1]).any(1)
     assert torch.equal(rows[:, 0], test) and 0.08 < changed.float().mean() < 0.12
