@@ -11,15 +11,12 @@ x- contrastive divergence takes the ends of short chains, here of persistent one
 buffer keeps the ends, where the next K steps go on, but for a few that start anew in uniform noise.
 The loss has two terms (2019, section 3.3), of which the second keeps energies near 0:
     gap = mean(E(x+) - E(x-))            penalty = alpha mean(E(x+)^2 + E(x-)^2)
-While the gap is near 0, chains keep up with the network; the guards below see to it that training
-needs nobody to watch it.
+While the gap is near 0, chains keep up with the network; if not, the guards below step in.
     python ebm.py --epochs 50                                 train on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000 --chain 2000                PNG files, from fresh noise
-    python ebm.py --evaluate --ood FOLDER                     AUROC against other images, histograms
-    python ebm.py --inpaint --denoise                         pictures; PSNR before and after
-Not as in the papers: SiLU, singular values cut instead of weights divided by them (Gouk et al.
-2018, arXiv:1804.04368), a larger s and noise on the data to match it, EMA, guards. None of the KL
-term, augmented chains and several scales of Du et al. (2021, arXiv:2012.01316).
+    python ebm.py --evaluate --inpaint --denoise              AUROC, histograms, pictures, PSNR
+Not as in the papers: SiLU, singular values cut, not divided by (Gouk et al. 2018, arXiv:1804.04368),
+larger s, noise on the data, EMA, guards; no KL term or augmentation (2021, arXiv:2012.01316).
 Notation: B batch, C channels, H W pixels; images are float (B, 3, 32, 32) in [0, 1]; E is (B,)."""
 import argparse, copy, math, os, signal, sys, time
 from pathlib import Path
@@ -55,8 +52,7 @@ class EnergyNet(nn.Module):
         self.project(30)
     @torch.no_grad()
     def project(self, iterations=1):
-        """Cut the largest singular value of convolutions (C_out, rest) to 1, found by power
-        iteration; its vectors u last, so that one iteration an update is enough."""
+        """Cut singular values of convolutions (C_out, rest) to 1, by power iterations on u."""
         for layer in self.convolutions:
             w, u = layer.weight.flatten(1), layer.u
             for _ in range(iterations):
@@ -71,8 +67,7 @@ class EnergyNet(nn.Module):
         return self.head(silu(h.to(x.dtype)).mean((2, 3)))[:, 0]
 # ------------------------------------------------------------------------------------------- loss
 def dequantise(images, generator=None, smooth=0.0):
-    """uint8 -> float in [0, 1], evenly over the bin of each value, 1/256 wide, blurred with
-    N(0, smooth^2): a density that Langevin steps with noise of that size can follow."""
+    """uint8 -> float in [0, 1], evenly over the bin of each value, 1/256 wide, + N(0, smooth^2)."""
     kind = {"generator": generator, "device": images.device}
     x = (images + torch.rand(images.shape, **kind)) / 256
     return (x + smooth * torch.randn(x.shape, **kind)).clamp(0, 1) if smooth else x
@@ -86,11 +81,9 @@ def contrastive_divergence(energy, data, chains, alpha=1.0):
 # --------------------------------------------------------------------------------------- samplers
 def langevin(energy, x, steps, step, noise, clamp=math.inf, generator=None,
              hook=lambda x, e, g: x):
-    """Langevin dynamics in any energy(x) -> (B,), from x (B, ...) in [0, 1], of that many steps
-        x = x - step g + noise z,    g = grad energy(x) cut to +-clamp,    then cut to [0, 1]
-    Exact dynamics for exp(-E / T) has noise^2 = 2 T step and step -> 0, so T = noise^2 / (2 step).
-    This departs from it by finite steps (E = c x^2 / 2 gets variance T / c / (1 - c step / 2)), by
-    the cut where E is steep and by the box, whose walls gather what would leave.
+    """Langevin dynamics in any energy(x) -> (B,), from x (B, ...) in [0, 1], of that many steps.
+    Samples exp(-E / T), T = noise^2 / (2 step), but for finite steps (E = c x^2 / 2 gets variance
+    T / c / (1 - c step / 2)), the cut where E is steep and walls that gather what would leave.
     hook(x, e, g) is the x to go on from, e (B,) and g are energy and uncut gradient before it."""
     for _ in range(steps):
         z = torch.randn(x.shape, generator=generator, device=x.device)
@@ -121,8 +114,7 @@ class Buffer(nn.Module):
 # A bad step changes neither weights nor buffer. Lasting trouble brings back the last healthy state
 # and halves the learning rate; the third time ends the run.
 def step_is_good(gap, norm, recent):
-    """A flag () on the device, so that nothing waits for it: gap and gradient norm are finite, and
-    the gap is within 1 or 5 medians of the `recent` ones (N,)."""
+    """Flag () on the device: gap and norm are finite, the gap within 1 or 5 medians of `recent`."""
     limit = (5 * recent.abs().nanmedian()).nan_to_num(0).clamp(min=1)
     return gap.isfinite() & norm.isfinite() & (gap.abs() <= limit)
 def trouble(net, skipped, last):
@@ -130,7 +122,7 @@ def trouble(net, skipped, last):
     reasons = {
         "weights not finite": not all(p.isfinite().all() for p in net.parameters()),
         f"{skipped:.0f} steps skipped": skipped >= 50,
-        "energies above 10": max(abs(last[key]) for key in TERMS[:3]) > 10,
+        "energies above 10": max(abs(last[key]) for key in TERMS[:2]) > 10,
         "chains black and white": last["saturated"] > max(0.5, 3 * last["data saturated"])}
     return ", ".join(reason for reason, true in reasons.items() if true)
 # ----------------------------------------------------------------------------------- bookkeeping
@@ -181,8 +173,7 @@ def write_log(rows, folder):
     losses = {key: [row[key] for row in rows] for key in rows[0] if "loss" in key}
     plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
 # ------------------------------------------------------------------------------------------ train
-TERMS = ["E data", "E chain start", "E chain end", "gap", "penalty", "mean |gradient|", "clamped",
-         "saturated", "data saturated", "skipped"]  # a row of the log, means over batch and pixels
+TERMS = ["E data", "E chains", "gap", "penalty", "saturated", "data saturated", "skipped"]
 def build(args, device):
     torch.manual_seed(args.seed)
     net = EnergyNet(args.amp, args.width, args.mults, args.blocks, args.stride)
@@ -199,10 +190,8 @@ def train(args, state, device, out):
     total, step, seconds, rows, failures = args.epochs * steps, 0, 0.0, [], 0
     net, g = build(args, device), torch.Generator(device).manual_seed(args.seed)
     ema = copy.deepcopy(net).requires_grad_(False)
-    still = copy.deepcopy(ema)  # the weights of net, in the same memory, without gradients
-    still.load_state_dict(net.state_dict(), assign=True)
     buffer = Buffer(max(args.buffer, size), images.shape[1:], g, device)
-    log = torch.zeros(steps, len(TERMS), device=device)  # of the current epoch
+    log = torch.zeros(steps, len(TERMS), device=device)  # means of the steps of an epoch
     optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.0, 0.999), fused=True)
     parts = dict(net=net, ema=ema, optimizer=optimizer, buffer=buffer)
     def states():
@@ -216,7 +205,7 @@ def train(args, state, device, out):
         g.set_state(state["random"])
         log[: len(state["log"])] = state["log"].to(device)
     healthy, since = copy.deepcopy(states()), step  # since then steps have been skipped
-    for part in (net, still, ema) if args.compile else ():
+    for part in (net, ema) if args.compile else ():
         part.compile()
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
           f", step {step} of {total} on {device}{', bf16' * args.amp}")
@@ -234,32 +223,31 @@ def train(args, state, device, out):
     while step < total and not stop:
         tick, first = time.time(), step
         for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
-            rate = learning_rate(step, total, args.lr) / 2**failures
-            optimizer.param_groups[0]["lr"], seen = rate, []
-            slots, chains = buffer.draw(size, args.fresh, g)
-            chains = sample(args, still, chains, g, args.steps,
-                            lambda x, e, g, seen=seen: (seen.append((e, g)), x)[1])
+            optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr) / 2**failures
+            slots, start = buffer.draw(size, args.fresh, g)
+            net.requires_grad_(False)  # or a compiled step computes gradients of weights as well
+            chains = sample(args, net, start, g, args.steps)
+            net.requires_grad_(True)
             data = dequantise(x, g, args.smooth)
             gap, penalty, plus, minus = contrastive_divergence(net, data, chains, args.penalty)
             optimizer.zero_grad()
             (gap + penalty).backward()
             norm, i = nn.utils.clip_grad_norm_(net.parameters(), 0.5), step % steps
-            good = step_is_good(gap.detach(), norm, log[max(0, i - 100) : i, 3])
+            good = step_is_good(gap.detach(), norm, log[max(0, i - 100) : i, 2])
             for p in net.parameters():  # as beta_1 is 0, Adam moves nothing without a gradient
                 p.grad = torch.where(good, p.grad, 0)
             optimizer.step()
             net.project()
             update_ema(ema, net, step, args.ema * total)
             buffer.write(slots, chains, good)
-            slope, walls = seen[-1][1].abs(), [(y - 0.5).abs() >= 0.5 for y in (chains, data)]
+            walls = [(y - 0.5).abs() >= 0.5 for y in (chains, data)]
             log[i] = torch.stack([term.detach().float().mean() for term in (
-                plus, seen[0][0], minus, gap, penalty, slope, slope > args.clamp, *walls, ~good)])
+                plus, minus, gap, penalty, *walls, ~good)])
             step, now = step + 1, time.time()
             bar.update(size)
             if args.time_limit is not None and now - begin > 60 * args.time_limit:
                 stop.append("time limit")
-            due = step % steps % 500 == 0  # for a copy of what is healthy
-            if now - shown > 1 or stop or due:  # the only wait for the device
+            if now - shown > 1 or stop or step % steps == 0:  # the only wait for the device
                 last = dict(zip(TERMS, log[i].tolist(), strict=True))
                 if why := trouble(net, log[since % steps : i + 1, -1].sum().item(), last):
                     failures, since = failures + 1, step
@@ -269,8 +257,6 @@ def train(args, state, device, out):
                             f"before: --resume or start anew with --lr {args.lr / 10:.1g}")
                     go_to(healthy)
                     bar.write(f"step {step}: {why}; back to the last healthy state, half the rate")
-                if due:
-                    healthy, since = copy.deepcopy(states()), step
                 bar.set_postfix(gap=f"{last['gap']:.4f}", epoch=f"{step / steps:.1f}")
                 shown = now
             if stop:
@@ -280,9 +266,10 @@ def train(args, state, device, out):
             rate = (step - first) * size / (time.time() - tick)
             kept = log[log[:, -1] == 0].mean(0).nan_to_num(0).tolist()
             rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds,
-                         "train loss": kept[3] + kept[4], **dict(zip(TERMS, kept, strict=True)),
+                         "train loss": kept[2] + kept[3], **dict(zip(TERMS, kept, strict=True)),
                          "skipped": log[:, -1].sum().item(), "failures": failures})
             save()
+            healthy, since = copy.deepcopy(states()), step
             write_log(rows, out)
             lines = {key: [row[key] for row in rows] for key in rows[0] if "E " in key}
             plot(out / "energies.png", [row["epoch"] for row in rows], lines, xlabel="epoch")
@@ -298,7 +285,6 @@ def train(args, state, device, out):
         raise SystemExit(130 if stop[0] == "interrupted" else 0)
     draw_chains(args, ema, test, out)
 # ------------------------------------------------------------------------------------------- uses
-LONG = 1000  # Langevin steps of long_run.png
 def sample(args, net, x, g, steps, hook=lambda x, e, g: x):
     return langevin(net, x, steps, args.step_size, args.noise, args.clamp, g, hook)
 def generate(args, net, count, g):
@@ -308,37 +294,32 @@ def generate(args, net, count, g):
     x = sample(args, net, x, g, args.chain)
     return quantise(langevin(net, x, 1, 2 * args.step_size * (args.smooth / args.noise) ** 2, 0))
 def draw_chains(args, net, test, out):
-    """Columns of chains, each row later: from noise; long ones, from test images and from noise.
+    """Columns of chains, each row later: from noise; twice as long, from test images and noise.
     If long chains from images leave them, the energy is no density but serves short chains."""
     from common import save_grid
     g = torch.Generator(test.device).manual_seed(args.seed)
     noise = torch.rand(8, 3, 32, 32, generator=g, device=test.device)
-    both = torch.cat([dequantise(test[:8], g), noise])
-    for name, x, steps in ("chains", noise, args.chain), ("long_run", both, LONG):
-        rows = [x]
-        sample(args, net, x, g, steps, lambda x, e, g, rows=rows: (rows.append(x), x)[1])
-        rows = [rows[int(steps ** (i / 7)) if i else 0] for i in range(8)]
-        save_grid(quantise(torch.cat(rows)), out / f"{name}.png", columns=len(x))
+    x = torch.cat([dequantise(test[:8], g), noise])
+    rows = [quantise(x)]
+    sample(args, net, x, g, 2 * args.chain, lambda x, e, g: rows.append(quantise(x)) or x)
+    for name, count, last in ("chains", 8, args.chain), ("long_run", len(x), 2 * args.chain):
+        chosen = [rows[int(last ** (i / 7)) if i else 0][-count:] for i in range(8)]
+        save_grid(torch.cat(chosen), out / f"{name}.png", columns=count)
 def restore(truth, known):  # a hook that sets the known pixels to the truth
     return lambda x, e, g: torch.where(known, truth, x)
 def outliers(test, g):
     """{name: uint8 images} like no image of the test set: as many, of the same shape."""
     kind, n = {"generator": g, "device": test.device}, len(test)
-    order = torch.rand(n, 1, test[0, 0].numel(), **kind).argsort(2)
     return {
         "uniform": torch.randint(256, test.shape, dtype=torch.uint8, **kind),
         "constant": torch.randint(256, (n, 3, 1, 1), dtype=torch.uint8, **kind).expand_as(test),
-        "shuffled": test.flatten(2).gather(2, order.expand(-1, 3, -1)).view_as(test),
         "interpolated": ((test.int() + test[torch.randperm(n, **kind)]) // 2).to(torch.uint8),
         "upside-down": test.flip(2)}
 def auroc(inside, outside):
-    """Probability that one of `outside` (M,) has more energy than one of `inside` (N,), a tie being
-    worth half: the area under the curve of true against false alarms."""
+    """Probability that one of `outside` (M,) has more energy than one of `inside` (N,); ties: 1/2."""
     inside = inside.sort().values
     below = sum(torch.searchsorted(inside, outside, right=right) for right in (False, True))
     return (below.double().mean() / 2 / len(inside)).item()
-def psnr(x, y):  # peak signal to noise in dB, (B,), of x and y (B, ...) in [0, 1]
-    return -10 * (x - y).square().flatten(1).mean(1).log10()
 
 def apply(args, state, device, out):
     """What --generate, --inpaint, --denoise and --evaluate do with the trained weights."""
@@ -366,24 +347,22 @@ def apply(args, state, device, out):
         u = torch.rand(len(truth), 1, 32, 32, generator=g, device=device)
         before = torch.where(u < 0.1, (u < 0.05).float(), truth)
         after = sample(args, net, before, g, args.steps)
-        print(f"PSNR {psnr(before, truth).mean():.2f} dB before, "
-              f"{psnr(after, truth).mean():.2f} dB after denoising, of {len(truth)} test images")
-        rows = torch.stack([truth, before, after], dim=1).flatten(0, 1)
-        save_grid(quantise(rows), out / "denoise.png", columns=12)
+        rows = torch.stack([truth, before, after], dim=1)
+        error = (rows[:, 1:] - rows[:, :1]).square().mean((2, 3, 4))  # (16, 2)
+        print("PSNR {:.2f} dB before, {:.2f} dB after denoising, of {} test images".format(
+            *(-10 * error.log10()).mean(0), len(truth)))
+        save_grid(quantise(rows.flatten(0, 1)), out / "denoise.png", columns=12)
     if args.evaluate:
-        others = outliers(test, g)
-        if args.ood:
-            others[args.ood] = torch.cat(load(args.ood)).to(device)
+        others = {**outliers(test, g), args.ood: torch.cat(load(args.ood)).to(device)}
         sets = {"train": images[: len(test)], "test": test, "samples": generate(args, net, 100, g)}
         e = {name: torch.cat([net(dequantise(part, g)) for part in x.split(250)]).cpu()
              for name, x in {**sets, **others}.items()}
         for name in others:
             print(f"AUROC {auroc(e['test'], e[name]):.3f}  of test images, of mean energy "
                   f"{e['test'].mean():.4f}, against {name}, of {e[name].mean():.4f}")
-        low, high = (end(*(e[name].quantile(q).item() for name in sets))
-                     for end, q in ((min, 0.001), (max, 0.999)))
+        low, high = (end.item() for end in torch.cat([e[name] for name in sets]).aminmax())
         lines = {name: (e[name].histc(50, low, high) / len(e[name])).tolist() for name in sets}
-        plot(out / "histogram.png", torch.linspace(low, high, 50), lines, xlabel="energy")
+        plot(out / "histogram.png", torch.linspace(low, high, 101)[1::2], lines, xlabel="energy")
 # -------------------------------------------------------------------------------------------- CLI
 KEPT = ["width", "mults", "blocks", "stride", "data", "subset", "batch_size", "buffer", "epochs",
         "lr", "ema", "seed", "sample_every", "steps", "step_size", "noise", "clamp", "chain",
@@ -434,7 +413,7 @@ def parse(argv=None):
     flag("--smooth", 0.03, "std of the noise on training images")
     flag("--inpaint", False, "only complete test images whose centre is hidden", **tick)
     flag("--denoise", False, "only clean test images of salt and pepper", **tick)
-    flag("--ood", None, "other images for --evaluate, like --data", type=str)
+    flag("--ood", "shapes", "other images for --evaluate, like --data")
     args, state = parser.parse_args(argv), None
     path = Path(args.out) / "checkpoint.pt"
     use = args.generate or args.evaluate or args.inpaint or args.denoise
@@ -452,7 +431,7 @@ def parse(argv=None):
         low = 1e-9 * (key not in "subset lr seed time_limit fresh penalty smooth".split())
         if type(value) in (int, float) and not low <= value <= (1 if key == "fresh" else 2**31 - 1):
             die(f"--{key.replace('_', '-')} {value} is out of range")
-    if not 0 < len(args.mults) <= 7 - args.stride.bit_length() or min(args.mults) < 1:
+    if len(args.mults) > 7 - args.stride.bit_length() or min(args.mults) < 1:
         die("--mults takes numbers above 0, up to 6, or 5 with --stride 2, 4 with --stride 4")
     return args, state, use
 

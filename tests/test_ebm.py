@@ -263,7 +263,7 @@ def last(**changed):
 
 @pytest.mark.parametrize("changed, skipped, named", [
     ({}, 49, ""), ({}, 50, "50 steps"), ({"E_data": -10.1}, 0, "energ"), ({"E_data": 9.9}, 0, ""),
-    ({"E_chain_start": 11.0}, 0, "energ"), ({"E_chain_end": 11.0}, 0, "energ"),
+    ({"E_chains": 11.0}, 0, "energ"), ({"E_chains": -9.9}, 0, ""),
     ({"saturated": 0.51}, 0, "black"), ({"saturated": 0.49}, 0, ""),
     ({"saturated": 0.89, "data_saturated": 0.3}, 0, ""),
     ({"saturated": 0.91, "data_saturated": 0.3}, 0, "black")])
@@ -339,26 +339,13 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
     low, high = rand(5), 1 + rand(7)
     assert (ebm.auroc(low, high), ebm.auroc(high, low), ebm.auroc(low, low)) == (1, 0, 0.5)
 
-def test_psnr_in_decibels():
-    x = rand(3, 3, 8, 8) / 2
-    y = x + torch.tensor([0.1, 0.01, 0.5])[:, None, None, None]
-    assert ebm.psnr(x, y).tolist() == pytest.approx([20, 40, 6.0206], abs=0.01)
-
 def test_outliers_are_what_they_are_called():
     test = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=gen())
-    test[:, :, :16] //= 4  # darker above
     others = ebm.outliers(test, gen(1))
     assert all(x.shape == test.shape and x.dtype == torch.uint8 for x in others.values())
     assert all(len(x.unique(dim=0)) == 20 for x in others.values())
     assert torch.equal(others["upside-down"].flip(2), test)
     assert (others["constant"] == others["constant"][:, :, :1, :1]).all()
-    def colours(x):  # a number for each, in order
-        places = torch.tensor([1, 256, 65536])[:, None]
-        return (x.flatten(2).int() * places).sum(1).sort().values
-    assert torch.equal(colours(others["shuffled"]), colours(test))  # pixels move, not channels
-    assert not torch.equal(others["shuffled"], test)
-    orders = others["shuffled"].float().flatten(1).corrcoef() - torch.eye(20)
-    assert orders.abs().max() < 0.3  # each by an order of its own, so darkness above is gone
     means = (test.int()[:, None] + test.int()) // 2
     assert all((means == x.int()).flatten(2).all(2).any() for x in others["interpolated"])
     assert others["uniform"].float().mean().item() == pytest.approx(127.5, abs=1)
