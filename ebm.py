@@ -2,9 +2,8 @@
 
 A network gives each image x an energy E(x), low if the image is likely and high if it is not:
     p(x) = exp(-E(x) / T) / Z                  Z = integral of exp(-E(x) / T) over all images
-Nobody can compute Z, but neither learning nor sampling needs it. Langevin dynamics samples p by K
-steps downhill with noise (Du & Mordatch 2019, arXiv:1903.08689, algorithm 1), where g is cut to
-+-clamp and x to [0, 1], pixel by pixel:
+Nobody knows Z, but neither learning nor sampling needs it. Langevin dynamics samples p by K noisy
+steps downhill (Du & Mordatch 2019, arXiv:1903.08689, algorithm 1), g cut to +-clamp, x to [0, 1]:
     x = x - a g + s z,      g = grad E(x),      z ~ N(0, I)                     T = s^2 / (2 a)
 T times the gradient of -ln p(data) is that of E(x+) - E(x-), x+ from the data and x- from p. For
 x- contrastive divergence takes the ends of short chains, here of persistent ones (Tieleman 2008): a
@@ -15,8 +14,8 @@ While the gap is near 0, chains keep up with the network; if not, the guards bel
     python ebm.py --epochs 50                                 train on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000 --chain 2000                PNG files, from fresh noise
     python ebm.py --evaluate --inpaint --denoise              AUROC, histograms, pictures, PSNR
-Not as in the papers: SiLU, singular values cut, not divided by (Gouk et al. 2018, arXiv:1804.04368),
-larger s, noise on the data, EMA, guards; no KL term or augmentation (2021, arXiv:2012.01316).
+Not as in the papers: SiLU, singular values cut to 1 (Gouk et al. 2018, arXiv:1804.04368), larger s,
+noise on the data, EMA, guards; no KL term, augmentation or scales (2021, arXiv:2012.01316).
 Notation: B batch, C channels, H W pixels; images are float (B, 3, 32, 32) in [0, 1]; E is (B,)."""
 import argparse, copy, math, os, signal, sys, time
 from pathlib import Path
@@ -225,9 +224,8 @@ def train(args, state, device, out):
         for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr) / 2**failures
             slots, start = buffer.draw(size, args.fresh, g)
-            net.requires_grad_(False)  # or a compiled step computes gradients of weights as well
-            chains = sample(args, net, start, g, args.steps)
-            net.requires_grad_(True)
+            chains = sample(args, net.requires_grad_(False), start, g, args.steps)
+            net.requires_grad_(True)  # off above, or compiled steps work out gradients of weights
             data = dequantise(x, g, args.smooth)
             gap, penalty, plus, minus = contrastive_divergence(net, data, chains, args.penalty)
             optimizer.zero_grad()
@@ -240,9 +238,8 @@ def train(args, state, device, out):
             net.project()
             update_ema(ema, net, step, args.ema * total)
             buffer.write(slots, chains, good)
-            walls = [(y - 0.5).abs() >= 0.5 for y in (chains, data)]
-            log[i] = torch.stack([term.detach().float().mean() for term in (
-                plus, minus, gap, penalty, *walls, ~good)])
+            log[i] = torch.stack([term.detach().float().mean() for term in (  # walls are 0 and 1
+                plus, minus, gap, penalty, chains % 1 == 0, data % 1 == 0, ~good)])
             step, now = step + 1, time.time()
             bar.update(size)
             if args.time_limit is not None and now - begin > 60 * args.time_limit:
@@ -316,10 +313,9 @@ def outliers(test, g):
         "interpolated": ((test.int() + test[torch.randperm(n, **kind)]) // 2).to(torch.uint8),
         "upside-down": test.flip(2)}
 def auroc(inside, outside):
-    """Probability that one of `outside` (M,) has more energy than one of `inside` (N,); ties: 1/2."""
-    inside = inside.sort().values
-    below = sum(torch.searchsorted(inside, outside, right=right) for right in (False, True))
-    return (below.double().mean() / 2 / len(inside)).item()
+    """Share of pairs where `outside` (M,) has more energy than `inside` (N,), ties 1/2."""
+    low, high = (torch.searchsorted(inside.sort().values, outside, right=r) for r in (False, True))
+    return (low + high).double().mean().item() / 2 / len(inside)
 
 def apply(args, state, device, out):
     """What --generate, --inpaint, --denoise and --evaluate do with the trained weights."""
@@ -327,7 +323,7 @@ def apply(args, state, device, out):
     net = build(args, device).requires_grad_(False)
     net.load_state_dict(state["ema"])
     g = torch.Generator(device).manual_seed(args.seed)
-    images, test = (x.to(device) for x in load(args.data))
+    test = load(args.data)[1].to(device) if args.inpaint or args.denoise or args.evaluate else None
     for start in range(0, args.generate or 0, 256):
         x = generate(args, net, min(256, args.generate - start), g)
         export(x, out / "generated", start)
@@ -346,15 +342,14 @@ def apply(args, state, device, out):
         truth = dequantise(test[:16], g)
         u = torch.rand(len(truth), 1, 32, 32, generator=g, device=device)
         before = torch.where(u < 0.1, (u < 0.05).float(), truth)
-        after = sample(args, net, before, g, args.steps)
-        rows = torch.stack([truth, before, after], dim=1)
-        error = (rows[:, 1:] - rows[:, :1]).square().mean((2, 3, 4))  # (16, 2)
-        print("PSNR {:.2f} dB before, {:.2f} dB after denoising, of {} test images".format(
-            *(-10 * error.log10()).mean(0), len(truth)))
+        rows = torch.stack([truth, before, sample(args, net, before, g, args.steps)], dim=1)
+        noisy, clean = -10 * (rows[:, 1:] - rows[:, :1]).square().mean((2, 3, 4)).log10().mean(0)
+        print(f"PSNR {noisy:.2f} dB before, {clean:.2f} dB after, of {len(truth)} test images")
         save_grid(quantise(rows.flatten(0, 1)), out / "denoise.png", columns=12)
     if args.evaluate:
         others = {**outliers(test, g), args.ood: torch.cat(load(args.ood)).to(device)}
-        sets = {"train": images[: len(test)], "test": test, "samples": generate(args, net, 100, g)}
+        train = load(args.data, args.subset)[0][: len(test)].to(device)
+        sets = {"train": train, "test": test, "samples": generate(args, net, 100, g)}
         e = {name: torch.cat([net(dequantise(part, g)) for part in x.split(250)]).cpu()
              for name, x in {**sets, **others}.items()}
         for name in others:

@@ -418,7 +418,7 @@ def test_ebms_pictures(run, trained, data, capfd, monkeypatch):
     assert torch.equal(rows[:, 0], test) and 0.08 < changed.float().mean() < 0.12
     spots = rows[:, 1].movedim(1, -1)[changed]
     assert ((spots == 0) | (spots == 255)).all() and (spots[:, :1] == spots).all()
-    found = re.search(r"PSNR ([\d.]+) dB before, ([\d.]+) dB after denoising, of 12 test", text)
+    found = re.search(r"PSNR ([\d.]+) dB before, ([\d.]+) dB after, of 12 test", text)
     for i in 1, 2:
         error = (rows[:, 0] / 255 - rows[:, i] / 255).square().mean((1, 2, 3))
         assert float(found[i]) == pytest.approx(-10 * error.log10().mean().item(), abs=0.1)
