@@ -306,11 +306,11 @@ def restore(truth, known):  # a hook that sets the known pixels to the truth
     return lambda x, e, g: torch.where(known, truth, x)
 def outliers(test, g):
     """{name: uint8 images} like no image of the test set: as many, of the same shape."""
-    kind, n = {"generator": g, "device": test.device}, len(test)
+    kind = {"generator": g, "device": test.device, "dtype": torch.uint8}
     return {
-        "uniform": torch.randint(256, test.shape, dtype=torch.uint8, **kind),
-        "constant": torch.randint(256, (n, 3, 1, 1), dtype=torch.uint8, **kind).expand_as(test),
-        "interpolated": ((test.int() + test[torch.randperm(n, **kind)]) // 2).to(torch.uint8),
+        "uniform": torch.randint(256, test.shape, **kind),
+        "constant": torch.randint(256, (len(test), 3, 1, 1), **kind).expand_as(test),
+        "interpolated": ((test.int() + test.roll(1, 0)) // 2).to(torch.uint8),
         "upside-down": test.flip(2)}
 def auroc(inside, outside):
     """Share of pairs where `outside` (M,) has more energy than `inside` (N,), ties 1/2."""
