@@ -89,11 +89,11 @@ def shapes(n, seed):
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n, dtype=np.uint8) % len(SHAPES))
     corners, *angles, arm, hole = np.float32(list(SHAPES.values()))[labels].T[..., None, None]
-    ranges = (10, -1, -1, -0.25, 0), (13, 1, 1, 0.25, 2 * np.pi)
+    ranges = (11, -1, -1, -0.2, 0), (13, 1, 1, 0.2, 2 * np.pi)
     radius, left, up, turn, slope = np.float32(rng.uniform(*ranges, (n, 5))).T[..., None, None]
     hue = np.float32(rng.uniform(0, 6, (3, n, 1, 1, 1)) + [0, 4, 2]) % 6
     pure = np.clip(abs(hue - 3) - 1, 0, 1)
-    start, end, bright = 0.4 * pure[0], 0.4 * pure[1], 0.3 + 0.7 * pure[2]  # [n,1,1,3] each
+    start, end, bright = 0.3 * pure[0], 0.3 * pure[1], 0.4 + 0.6 * pure[2]  # [n,1,1,3] each
     y, x = np.mgrid[:32, :32].astype(np.float32) - 15.5
     u, v = x + left * (14 - radius), y + up * (14 - radius)  # wholly inside, tips and all
     (side, upright), rho = np.radians(angles), np.hypot(u, v) / radius
