@@ -26,7 +26,7 @@ Sampling over levels sigma_1 > ... > sigma_L, last of all x + sigma_L^2 score(x,
     python ncsn.py --evaluate --inpaint --interpolate         loss by sigma, bits/dim, pictures
 Not as in NCSN's papers: D, U-Net, continuous sigma, averaged weights (EMA) over a share of a run.
 Notation: B batch, C channels, H W pixels, L levels; images are float (B, 3, 32, 32) in [-1, 1]."""
-import argparse, copy, math, os, signal, sys, time
+import argparse, copy, io, math, os, signal, sys, time
 from itertools import pairwise
 from pathlib import Path
 import torch
@@ -227,10 +227,10 @@ def update_ema(ema, net, step, half_life):
 
 def save_checkpoint(path, state):
     """A dict of tensors and plain values, written whole or not at all; OSError if it cannot be."""
-    partial = path.with_suffix(".tmp")
+    partial, whole = path.with_suffix(".tmp"), io.BytesIO()
+    torch.save({"model": NAME, **state}, whole)  # to a full disk it would raise a RuntimeError
     try:
-        with open(partial, "wb") as file:
-            torch.save({"model": NAME, **state}, file)
+        partial.write_bytes(whole.getbuffer())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

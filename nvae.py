@@ -26,7 +26,7 @@ are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016,
 Not as in the paper: one width at all latent scales, z added to h, all priors learned, flows that
 scale, P(v) exact also at byte 254 and far from m, EMA, no weight decay, one power iteration a step.
 Notation: B batch, C channels, H W pixels, G groups, n latents, M mixtures; x is (B, 3, 32, 32)."""
-import argparse, copy, math, os, signal, sys, time
+import argparse, copy, io, math, os, signal, sys, time
 from itertools import accumulate, product
 from pathlib import Path
 import torch
@@ -279,10 +279,10 @@ def update_ema(ema, net, step, half_life):
 
 def save_checkpoint(path, state):
     """A dict of tensors and plain values, written whole or not at all; OSError if it cannot be."""
-    partial = path.with_suffix(".tmp")
+    partial, whole = path.with_suffix(".tmp"), io.BytesIO()
+    torch.save({"model": NAME, **state}, whole)  # to a full disk it would raise a RuntimeError
     try:
-        with open(partial, "wb") as file:
-            torch.save({"model": NAME, **state}, file)
+        partial.write_bytes(whole.getbuffer())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

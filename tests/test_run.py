@@ -254,6 +254,19 @@ def test_full_disk_keeps_the_last_checkpoint(run, trained, dies):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "--resume" in line and files(trained) == before  # and nothing is left over
 
+def test_full_disk_is_an_oserror_for_large_tensors_too(run):
+    """torch.save alone reports it as one only while the tensors fit a buffer."""
+    limit, path = resource.getrlimit(resource.RLIMIT_FSIZE), Path("checkpoint.pt")
+    run.module.save_checkpoint(path, {"net": torch.zeros(1)})
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limit[1]))
+    try:
+        with pytest.raises(OSError):
+            run.module.save_checkpoint(path, {"net": torch.zeros(10, 100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before and os.listdir() == ["checkpoint.pt"]
+
 def test_kill_while_saving_keeps_the_last_checkpoint(run, trained):
     """By the system, without a word, when the file has half its length."""
     before = (trained / "checkpoint.pt").read_bytes()
