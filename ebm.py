@@ -17,7 +17,7 @@ While the gap is near 0, chains keep up with the network; if not, the guards bel
 Not as in the papers: SiLU, singular values cut to 1 (Gouk et al. 2018, arXiv:1804.04368), larger s,
 noise on the data, EMA, guards; no KL term, augmentation or scales (2021, arXiv:2012.01316).
 Notation: B batch, C channels, H W pixels; images are float (B, 3, 32, 32) in [0, 1]; E is (B,)."""
-import argparse, copy, math, os, signal, sys, time
+import argparse, copy, io, math, os, signal, sys, time
 from pathlib import Path
 import torch
 from torch import nn
@@ -141,10 +141,10 @@ def update_ema(ema, net, step, half_life):
 
 def save_checkpoint(path, state):
     """A dict of tensors and plain values, written whole or not at all; OSError if it cannot be."""
-    partial = path.with_suffix(".tmp")
+    partial, whole = path.with_suffix(".tmp"), io.BytesIO()
+    torch.save({"model": NAME, **state}, whole)  # to a full disk it would raise a RuntimeError
     try:
-        with open(partial, "wb") as file:
-            torch.save({"model": NAME, **state}, file)
+        partial.write_bytes(whole.getbuffer())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -437,12 +437,10 @@ def main(argv=None):
     args.amp = gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() if args.amp is None else args.amp
     try:
         (apply if use else train)(args, state, device, Path(args.out))
+    except OSError as error:
+        die(f"{error}; what was there before is kept: make room, then --resume")
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         die(error)
-    except (OSError, RuntimeError) as error:  # torch.save hides that of a full disk in its own
-        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
-            raise
-        die(f"{error}; what was there before is kept: make room, then --resume")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
