@@ -11,29 +11,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import common
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["ncsn", "nvae"]
+SCRIPTS = ["ncsn", "nvae", "ebm"]
 STEPS = 3  # an epoch: 52 images, 16 a step, 4 left out
 TIMES = {"seconds", "images/s"}
 FLAGS = """data subset epochs batch-size lr ema seed device amp compile out resume time-limit
     sample-every generate evaluate"""  # of all scripts; the functions below are the same in all
 BOOKS = "die learning_rate update_ema save_checkpoint load_checkpoint plot write_log"
 TINY = {"ncsn": "--width 8 --mults 1,2 --blocks 1",
-        "nvae": "--width 4 --groups 1,2 --outer 1 --expand 1"}
+        "nvae": "--width 4 --groups 1,2 --outer 1 --expand 1",
+        "ebm": "--width 4 --mults 1,2 --blocks 1 --steps 2 --chain 3 --buffer 40"}
 OTHER_SIZE = {"ncsn": ["--width 12", "--mults 1", "--blocks 2"], "nvae": [
-    "--width 8", "--groups 2,1", "--cells 2", "--outer 2", "--expand 2", "--flows 1"]}
+    "--width 8", "--groups 2,1", "--cells 2", "--outer 2", "--expand 2", "--flows 1"],
+    "ebm": ["--width 12", "--mults 1", "--blocks 2", "--stride 2"]}
 PICTURES = {"ncsn": {"stages.png", "nearest.png"},  # at the end of training
-            "nvae": {"reconstructions.png", "temperatures.png", "scales.png"}}
+            "nvae": {"reconstructions.png", "temperatures.png", "scales.png"},
+            "ebm": {"energies.png", "chains.png", "long_run.png"}}
 SAMPLERS = {"ncsn": ["--sampler langevin", "--sampler consistent", "--sampler heun"],
-            "nvae": ["--temperature 0.7", "--temperature 1.0"]}
+            "nvae": ["--temperature 0.7", "--temperature 1.0"],
+            "ebm": ["--chain 3", "--chain 4", "--noise 0.1", "--step-size 100"]}
 MEASURES = {  # flags, and what is printed how often
     "ncsn": ("--bits-images 3", [
         (r"^sigma +[\d.]+ +loss [\d.]+$", 17), (r"^bits/dim \d+\.\d+, .* 3 test images", 1)]),
     "nvae": ("--iw 2 --iw-images 3", [
         (r"^group +\d +KL -?\d+\.\d+ bits/dim +active units \d+ of 20$", 3),
         (r"^ELBO \d+\.\d+ bits/dim: .* 12 test images$", 1),
-        (r"^IW bound, K = 2: \d+\.\d+ bits/dim, of 3 test images", 1)])}
+        (r"^IW bound, K = 2: \d+\.\d+ bits/dim, of 3 test images", 1)]),
+    "ebm": ("", [(r"^AUROC [01]\.\d+ .* against (uniform|constant|interpolated|"
+                  r"upside-down|shapes), of -?\d+\.\d+$", 5)])}
 ALL_USES = {"ncsn": "--generate 1 --inpaint --interpolate --evaluate --bits-images 3",
-            "nvae": "--generate 1 --interpolate --evaluate --iw 2"}
+            "nvae": "--generate 1 --interpolate --evaluate --iw 2",
+            "ebm": "--generate 1 --inpaint --denoise --evaluate"}
 ERRORS = {  # flags: what the line must name
     "--epochs x": "--epochs", "--epochs 0": "--epochs", "--batch-size -1": "--batch-size",
     "--lr nan": "--lr", "--time-limit -1": "--time-limit", "--nonsense": "--nonsense",
@@ -52,7 +59,15 @@ OWN_ERRORS = {"ncsn": {
     "--groups 1,1,1,1,1": "--groups", "--cells 0": "--cells", "--outer 0": "--outer",
     "--expand 0": "--expand", "--flows -1": "--flows", "--kl-warmup -1": "--kl-warmup",
     "--spectral -1": "--spectral", "--temperature 0": "--temperature", "--iw 0": "--iw",
-    "--iw-images 0": "--iw-images", "--interpolate": "train first"}}
+    "--iw-images 0": "--iw-images", "--interpolate": "train first"},
+    "ebm": {
+    "--width 0": "--width", "--mults x": "--mults", "--mults 0": "--mults", "--blocks 0":
+    "--blocks", "--mults 1,1,1,1,1,1,1": "--mults", "--mults 1,1,1,1,1,1 --stride 2": "--mults",
+    "--stride 0": "--stride", "--stride 3": "--stride", "--steps 0": "--steps", "--step-size 0":
+    "--step-size", "--noise 0": "--noise", "--clamp 0": "--clamp", "--chain 0": "--chain",
+    "--buffer 0": "--buffer", "--fresh 1.1": "--fresh", "--fresh -1": "--fresh",
+    "--penalty -1": "--penalty", "--smooth -1": "--smooth",
+    "--inpaint": "train first", "--denoise": "train first"}}
 ALONE = {"ncsn": """
 levels, z = torch.logspace(1, -2, 5), torch.randn(2, 3, 32, 32)
 net = ncsn.ScoreNet(width=8, mults=(1, 2), blocks=1)
@@ -77,6 +92,19 @@ logits = net.top_down(nvae.noise(), 2)[0]
 assert loss.isfinite() and (net.top_down(torch.zeros, 2)[0] != before).any()
 for x in nvae.dmol_sample(logits, 0.7), nvae.dmol_mean(logits):
     assert x.shape == (2, 3, 32, 32) and x.isfinite().all() and x.abs().max() <= 1
+""", "ebm": """
+net, buffer = ebm.EnergyNet(width=4, mults=(1, 2), blocks=1), ebm.Buffer(8)
+optimizer = torch.optim.Adam(net.parameters())
+slots, start = buffer.draw(4, 0.05)
+x = ebm.langevin(net, start, 3, 10.0, 0.005, 0.01)
+before, data = net(x), ebm.dequantise(torch.randint(256, (4, 3, 32, 32)))
+gap, penalty, *_ = ebm.contrastive_divergence(net, data, x)
+(gap + penalty).backward()
+optimizer.step()
+net.project()
+buffer.write(slots, x, torch.tensor(True))
+assert gap.isfinite() and penalty.isfinite() and (net(x) != before).any()
+assert x.shape == (4, 3, 32, 32) and x.min() >= 0 and x.max() <= 1 and (x != start).any()
 """}
 
 def shorten(module, monkeypatch):
@@ -86,7 +114,7 @@ def shorten(module, monkeypatch):
         monkeypatch.setattr(module, "heun_levels", lambda top, count=12: levels(top, count // 4))
         monkeypatch.setattr(module, "make_ladder", lambda top, dim: (
             torch.logspace(math.log10(top), math.log10(module.SIGMA_MIN), 14), 0.06, 1))
-    else:
+    if module.NAME == "nvae":
         real = module.calibrated
         monkeypatch.setattr(module, "calibrated", lambda net, images=None, t=1.0: real(
             net, images, t, calls=2))
@@ -253,6 +281,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2
     assert (trained / "checkpoint.pt").read_bytes() == before
     assert run("--resume --epochs 3 --out r") == 0 and load("r")["epoch"] == 3
 
+@pytest.mark.parametrize("whole", [name for name in SCRIPTS if name != "ebm"], indirect=True)
 @pytest.mark.parametrize("then", [lambda: None, interrupt], ids=["epoch ends", "interrupted"])
 def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run, trained, dies, then):
     before = files(trained)
@@ -380,6 +409,106 @@ def test_nvaes_pictures(run, trained, data, monkeypatch):
     assert all(len(row.unique(dim=0)) == 7 for row in rows[:, 0, 1:])  # the finer scale redrawn
     assert all(len(row.unique(dim=0)) == 1 for row in rows[:, 1, 1:])  # nothing left to draw
     assert len(grids["interpolate.png"].unique(dim=0)) > 32
+
+@pytest.mark.parametrize("whole", ["ebm"], indirect=True)
+def test_ebms_pictures(run, trained, data, capfd, monkeypatch):
+    grids, save_grid = {}, common.save_grid
+    monkeypatch.setattr(common, "save_grid", lambda images, path, *rest, **options: (
+        grids.__setitem__(Path(path).name, images), save_grid(images, path, *rest, **options)))
+    assert run("--resume --epochs 3 --out r") == 0
+    assert run(f"--inpaint --denoise --evaluate --ood {data} --out r --smooth 0") == 0
+    assert {"inpaint.png", "denoise.png", "histogram.png"} < set(files(trained))
+    test = torch.from_numpy(np.load(data)["test"]).permute(0, 3, 1, 2)
+    text = capfd.readouterr().out
+    assert len(re.findall("^AUROC", text, re.M)) == 5 and f"against {data}" in text
+    rows = grids["inpaint.png"].int().unflatten(0, (6, 8))
+    away, hidden = (rows - test[:6, None].int()).abs(), torch.zeros(32, 32, dtype=torch.bool)
+    hidden[8:24, 8:24] = True
+    assert away[:, 0].max() == 0 and away[..., ~hidden].max() == 0  # the known pixels are kept
+    assert all(len(row[2:, :, hidden].unique(dim=0)) == 6 for row in rows)  # six ways
+    rows = grids["denoise.png"].unflatten(0, (12, 3))
+    changed = (rows[:, 0] != rows[:, 1]).any(1)
+    assert torch.equal(rows[:, 0], test) and 0.08 < changed.float().mean() < 0.12
+    spots = rows[:, 1].movedim(1, -1)[changed]
+    assert ((spots == 0) | (spots == 255)).all() and (spots[:, :1] == spots).all()
+    found = re.search(r"PSNR ([\d.]+) dB before, ([\d.]+) dB after, of 12 test", text)
+    for i in 1, 2:
+        error = (rows[:, 0] / 255 - rows[:, i] / 255).square().mean((1, 2, 3))
+        assert float(found[i]) == pytest.approx(-10 * error.log10().mean().item(), abs=0.1)
+    chains, long = (grids[f"{name}.png"].unflatten(0, (8, -1)) for name in ("chains", "long_run"))
+    assert torch.equal(long[0, :8], test[:8]) and torch.equal(long[0, 8:], chains[0])
+    for rows in chains, long:
+        step = (rows[1:].int() - rows[0].int()).abs().float().mean((1, 2, 3, 4))
+        assert step[-1] > step[0] > 0  # the later the farther
+
+# ---- ebm's guards ----
+
+def spoil(run, monkeypatch, steps, value):
+    """The gap is that value in those steps (of a run() that begins now)."""
+    real, count = run.module.contrastive_divergence, [0]
+    def spoiled(*rest, **options):
+        gap, *others = real(*rest, **options)
+        count[0] += 1
+        return (gap * value if count[0] in steps else gap), *others
+    monkeypatch.setattr(run.module, "contrastive_divergence", spoiled)
+
+ebm_only = pytest.mark.parametrize("whole", ["ebm"], indirect=True)
+
+@ebm_only
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e9])
+def test_a_bad_step_is_skipped_and_its_chains_are_not_kept(run, trained, monkeypatch, value):
+    monkeypatch.setattr(run.module.EnergyNet, "project", lambda *_, **__: None)
+    before = load("r")
+    run.at[2 * STEPS] = run.at[2 * STEPS + 1] = run.an_hour
+    for spoiled in True, False:
+        spoil(run, monkeypatch, [1] if spoiled else [], value)
+        assert run("--resume --epochs 3 --time-limit 0 --out r") == 0
+        after = load("r")
+        for key in "net", "buffer":
+            assert (differences(before[key], after[key]) == []) == spoiled
+        assert after["log"][:2, -1].tolist() == [1, 0] and after["failures"] == 0
+        assert not differences(before["random"], after["random"]) == []
+
+@ebm_only
+def test_divergence_brings_back_the_last_healthy_state_and_half_the_rate(run, trained, capfd):
+    before = load("r")
+    run.at = {6: lambda: math.nan, 8: run.an_hour}  # that rate makes all weights nan
+    assert run("--resume --epochs 4 --time-limit 1 --out r") == 0
+    text, after = capfd.readouterr().out, load("r")
+    assert "step 9: weights not finite; back to the last healthy state" in text
+    for key in "net", "ema", "buffer":
+        assert differences(before[key], after[key]) == []
+    assert differences(before["optimizer"]["state"], after["optimizer"]["state"]) == []
+    assert (after["step"], after["failures"]) == (9, 1) and log("r")[-1]["failures"] == "1"
+    assert run("--resume --out r") == 0 and load("r")["failures"] == 1
+    rate = run.module.learning_rate(11, 12, after["args"]["lr"]) / 2
+    assert load("r")["optimizer"]["param_groups"][0]["lr"] == rate
+    assert differences(before["net"], load("r")["net"]) != []  # and it goes on learning
+    assert all(math.isfinite(float(value)) for row in log("r") for value in row.values())
+
+@ebm_only
+def test_an_interruption_amid_trouble_saves_the_healthy_state(run, trained):
+    before = load("r")
+    run.at = {6: lambda: math.nan, 7: interrupt}
+    assert run("--resume --epochs 3 --out r") == 130
+    assert differences(before["net"], load("r")["net"]) == [] and load("r")["failures"] == 1
+
+@ebm_only
+def test_fifty_bad_steps_are_trouble(run, monkeypatch, capfd):
+    monkeypatch.setattr(common, "load", lambda *_: [torch.randint(256, (n, 3, 32, 32), generator=(
+        torch.Generator().manual_seed(0)), dtype=torch.uint8) for n in (960, 9)])
+    spoil(run, monkeypatch, range(9, 59), math.nan)
+    assert run.train("--epochs 1 --out r") == 0 and load("r")["failures"] == 1
+    assert "step 60: 50 steps skipped" in capfd.readouterr().out
+
+@ebm_only
+def test_the_third_divergence_ends_with_one_clear_error(run, trained, dies):
+    run.at = dict.fromkeys((6, 9, 12), lambda: math.nan)
+    line = dies(run.main, "--resume --epochs 6 --out r")
+    assert "three times" in line and "step 15" in line and "not finite" in line and "--lr" in line
+    assert load("r")["step"] == 12 and load("r")["failures"] == 2  # the last healthy one
+    assert all(value.isfinite().all() for value in load("r")["net"].values())
+    assert run("--generate 1 --out r") == 0
 
 def test_few_images_are_enough(run):
     np.savez("few.npz", train=common.shapes(6, 0)[0], train_labels=np.zeros(6, np.uint8),
