@@ -1,4 +1,4 @@
-"""EBM: an energy-based model of 32x32 images, in one file.
+"""EBM: an energy-based model of 32x32 images, in one file (data from common.py).
 
 A network gives each image x an energy E(x), low if the image is likely and high if it is not:
     p(x) = exp(-E(x) / T) / Z                  Z = integral of exp(-E(x) / T) over all images
