@@ -2,20 +2,21 @@
 
 A network gives each image x an energy E(x), low if the image is likely and high if it is not:
     p(x) = exp(-E(x) / T) / Z                  Z = integral of exp(-E(x) / T) over all images
-Nobody knows Z, but neither learning nor sampling needs it. Langevin dynamics samples p by K noisy
-steps downhill (Du & Mordatch 2019, arXiv:1903.08689, algorithm 1), g cut to +-clamp, x to [0, 1]:
+Neither learning nor sampling needs Z. Langevin dynamics samples p by K noisy steps downhill (Du &
+Mordatch 2019, arXiv:1903.08689, algorithm 1), g cut to +-clamp and x to [0, 1]:
     x = x - a g + s z,      g = grad E(x),      z ~ N(0, I)                     T = s^2 / (2 a)
 T times the gradient of -ln p(data) is that of E(x+) - E(x-), x+ from the data and x- from p. For
-x- contrastive divergence takes the ends of short chains, here of persistent ones (Tieleman 2008): a
-buffer keeps the ends, where the next K steps go on, but for a few that start anew in uniform noise.
-The loss has two terms (2019, section 3.3), of which the second keeps energies near 0:
+x- contrastive divergence takes ends of persistent chains (Tieleman 2008): a buffer keeps them, the
+next K steps go on there, but for a few that start anew in uniform noise. As chains cost most of
+the time, E first learns without, for --warm-up of the run, to take noise off: with d = std^2 / T,
+x - d grad E(x) is the best guess of x before noise of the std, --smooth, that the data have.
     gap = mean(E(x+) - E(x-))            penalty = alpha mean(E(x+)^2 + E(x-)^2)
-While the gap is near 0, chains keep up with the network; if not, the guards below step in.
+    score = mean |d grad E(x + sigma z) / sigma - z|^2,       sigma from --smooth to 1
+The loss is gap + penalty + 0.1 score. A gap near 0 says that chains keep up with the network.
     python ebm.py --epochs 50                                 train on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000 --chain 2000                PNG files, from fresh noise
     python ebm.py --evaluate --inpaint --denoise              AUROC, histograms, pictures, PSNR
-Not as in the papers: SiLU, singular values cut to 1 (Gouk et al. 2018, arXiv:1804.04368), larger s,
-noise on the data, EMA, guards; no KL term, augmentation or scales (2021, arXiv:2012.01316).
+Not as in the papers: score, singular values cut to 1 (arXiv:1804.04368), larger s, EMA, guards.
 Notation: B batch, C channels, H W pixels; images are float (B, 3, 32, 32) in [0, 1]; E is (B,)."""
 import argparse, copy, io, math, os, signal, sys, time
 from pathlib import Path
@@ -33,18 +34,18 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
     def forward(self, x):
         return self.skip(x) + self.conv2(silu(self.conv1(silu(x))))
-
 class EnergyNet(nn.Module):
-    """E: (B, 3, H, W) in [0, 1] -> (B,), each of its image alone. width * mults channels at
-    1 / stride of H and W, at half of that, ..., `blocks` blocks at each."""
-    def __init__(self, amp=False, width=64, mults=(1, 2, 4, 4), blocks=2, stride=1):
+    """E: (B, 3, H, W) in [0, 1] -> (B,), linear in means over H W of silu(h) and, as E should grow
+    like the square of noise, h^2 of width * mults channels h at full, half, ... resolution."""
+    def __init__(self, amp=False, width=64, mults=(1, 2, 4, 4), blocks=2):
         super().__init__()
         self.amp, widths = amp, [width * m for m in mults]
-        self.stem = nn.Conv2d(3, widths[0], 2 + stride, stride, padding=1)
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(nn.Sequential(*(
             Block(c if i else above, c) for i in range(blocks)))
             for above, c in zip(widths[:1] + widths[:-1], widths, strict=True))
-        self.head = nn.Linear(widths[-1], 1)
+        self.head = nn.Linear(2 * sum(widths), 1)
+        nn.init.zeros_(self.head.weight)  # E is flat at the start
         self.convolutions = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)]
         for layer in self.convolutions:
             layer.register_buffer("u", torch.randn(len(layer.weight)))
@@ -59,17 +60,15 @@ class EnergyNet(nn.Module):
                 u.copy_(normalize(w @ v, dim=0))
             layer.weight.div_((u @ w @ v).clamp(min=1))
     def forward(self, x):
-        h = self.stem(x)  # fp32: bf16 has steps of .004 below 1, as large as the noise of a chain
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            for level, blocks in enumerate(self.levels):
+        h, means = self.stem(10 * x - 5), []  # fp32: bf16 has steps as large as the noise of chains
+        for level, blocks in enumerate(self.levels):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
                 h = blocks(avg_pool2d(h, 2) if level else h)
-        return self.head(silu(h.to(x.dtype)).mean((2, 3)))[:, 0]
+            means += [f(h.to(x.dtype)).mean((2, 3)) for f in (silu, torch.square)]
+        return self.head(torch.cat(means, dim=1))[:, 0]
 # ------------------------------------------------------------------------------------------- loss
-def dequantise(images, generator=None, smooth=0.0):
-    """uint8 -> float in [0, 1], evenly over the bin of each value, 1/256 wide, + N(0, smooth^2)."""
-    kind = {"generator": generator, "device": images.device}
-    x = (images + torch.rand(images.shape, **kind)) / 256
-    return (x + smooth * torch.randn(x.shape, **kind)).clamp(0, 1) if smooth else x
+def dequantise(images, generator=None):  # uint8 -> float in [0, 1], evenly over a bin of 1/256
+    return (images + torch.rand(images.shape, generator=generator, device=images.device)) / 256
 def quantise(x):  # float -> uint8, the bin that x lies in
     return (x * 256).clamp(0, 255).to(torch.uint8)
 def contrastive_divergence(energy, data, chains, alpha=1.0):
@@ -77,6 +76,13 @@ def contrastive_divergence(energy, data, chains, alpha=1.0):
     plus, minus = energy(torch.cat([data, chains.detach()])).split([len(data), len(chains)])
     penalty = alpha * (plus.square().mean() + minus.square().mean())
     return plus.mean() - minus.mean(), penalty, plus, minus
+def denoising_score_matching(energy, x, sigma, scale, generator=None):
+    """Mean |scale grad E(y) / sigma - z|^2, y = x + sigma z, sigma (B, 1, 1, 1); 1 if E is flat,
+    least if y - scale grad E(y) = E[x | y] (Vincent 2011; Li et al. 2019, arXiv:1910.07762)."""
+    z = torch.randn(x.shape, generator=generator, device=x.device)
+    y = (x + sigma * z).requires_grad_()
+    (g,) = torch.autograd.grad(energy(y).sum(), y, create_graph=True)
+    return (scale / sigma * g - z).square().mean()
 # --------------------------------------------------------------------------------------- samplers
 def langevin(energy, x, steps, step, noise, clamp=math.inf, generator=None,
              hook=lambda x, e, g: x):
@@ -93,7 +99,6 @@ def langevin(energy, x, steps, step, noise, clamp=math.inf, generator=None,
         x = (x.detach() - step * g.clamp(-clamp, clamp) + noise * z).clamp(0, 1)
         x = hook(x, e.detach(), g)
     return x.detach()
-
 class Buffer(nn.Module):
     """The ends of `size` persistent chains, as bytes (size, ...); they start as noise."""
     def __init__(self, size, shape=(3, 32, 32), generator=None, device=None):
@@ -110,14 +115,13 @@ class Buffer(nn.Module):
     def write(self, slots, x, good):  # to where the chains came from, unless good () is False
         self.chains[slots] = torch.where(good, quantise(x), self.chains[slots])
 # ----------------------------------------------------------------------------------------- guards
-# A bad step changes neither weights nor buffer. Lasting trouble brings back the last healthy state
-# and halves the learning rate; the third time ends the run.
 def step_is_good(gap, norm, recent):
-    """Flag () on the device: gap and norm are finite, the gap within 1 or 5 medians of `recent`."""
+    """Flag () on the device: gap and norm are finite, the gap within 1 or 5 medians of `recent`.
+    A bad step changes neither weights nor buffer."""
     limit = (5 * recent.abs().nanmedian()).nan_to_num(0).clamp(min=1)
     return gap.isfinite() & norm.isfinite() & (gap.abs() <= limit)
 def trouble(net, skipped, last):
-    """Why the last healthy state is due, or ""; `last` has the latest of TERMS by name."""
+    """Why the last saved state should come back with half the learning rate, or ""."""
     reasons = {
         "weights not finite": not all(p.isfinite().all() for p in net.parameters()),
         f"{skipped:.0f} steps skipped": skipped >= 50,
@@ -138,7 +142,6 @@ def update_ema(ema, net, step, half_life):
     """Average the weights, half-life in steps; in a young run, of a tenth of the steps so far."""
     decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
 def save_checkpoint(path, state):
     """A dict of tensors and plain values, written whole or not at all; OSError if it cannot be."""
     partial, whole = path.with_suffix(".tmp"), io.BytesIO()
@@ -157,7 +160,6 @@ def load_checkpoint(path):
     except Exception as error:  # missing, damaged or another model's: of many types
         die(f"no {NAME} checkpoint in {path} ({type(error).__name__}: {str(error)[:80]!r}): train "
             "first, or name the folder of a run with --out")
-
 def plot(path, x, lines, **axis):
     """lines {name: values} over x as a PNG file."""
     from matplotlib.figure import Figure
@@ -172,12 +174,11 @@ def write_log(rows, folder):
     losses = {key: [row[key] for row in rows] for key in rows[0] if "loss" in key}
     plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
 # ------------------------------------------------------------------------------------------ train
-TERMS = ["E data", "E chains", "gap", "penalty", "saturated", "data saturated", "skipped"]
+TERMS = "E data", "E chains", "gap", "penalty", "score", "saturated", "data saturated", "skipped"
 def build(args, device):
     torch.manual_seed(args.seed)
-    net = EnergyNet(args.amp, args.width, args.mults, args.blocks, args.stride)
+    net = EnergyNet(args.amp, args.width, args.mults, args.blocks)
     return net.to(device, memory_format=torch.channels_last)
-
 def train(args, state, device, out):
     """Start, or go on from the checkpoint `state`."""
     from tqdm import tqdm
@@ -187,23 +188,21 @@ def train(args, state, device, out):
     if not steps:
         die(f"{len(images)} training images do not fill a batch: lower --batch-size")
     total, step, seconds, rows, failures = args.epochs * steps, 0, 0.0, [], 0
+    warm = int(args.warm_up * total)  # steps without chains
     net, g = build(args, device), torch.Generator(device).manual_seed(args.seed)
     ema = copy.deepcopy(net).requires_grad_(False)
     buffer = Buffer(max(args.buffer, size), images.shape[1:], g, device)
     log = torch.zeros(steps, len(TERMS), device=device)  # means of the steps of an epoch
     optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.0, 0.999), fused=True)
     parts = dict(net=net, ema=ema, optimizer=optimizer, buffer=buffer)
-    def states():
-        return {key: part.state_dict() for key, part in parts.items()}
-    def go_to(states):
-        for key, part in parts.items():  # copies, for an optimiser works in those that it is given
-            part.load_state_dict(copy.deepcopy(states[key]))
+    def go_to(state):
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
     if state:
         step, seconds, rows, failures = (state[k] for k in ("step", "seconds", "rows", "failures"))
         go_to(state)
         g.set_state(state["random"])
         log[: len(state["log"])] = state["log"].to(device)
-    healthy, since = copy.deepcopy(states()), step  # since then steps have been skipped
     for part in (net, ema) if args.compile else ():
         part.compile()
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
@@ -213,33 +212,42 @@ def train(args, state, device, out):
         save_checkpoint(out / "checkpoint.pt", {
             "args": {key: getattr(args, key) for key in KEPT}, "rows": rows,
             "epoch": step // steps, "step": step, "seconds": seconds, "random": g.get_state(),
-            "log": log, "failures": failures, **states()})
+            "log": log, "failures": failures,
+            **{key: part.state_dict() for key, part in parts.items()}})
+    state or save()  # that there is one to go back to
     stop = []  # why, once there is a reason; a second Ctrl-C does not wait for the end of the step
     signal.signal(signal.SIGINT, lambda *signal_and_frame: (
         signal.default_int_handler(*signal_and_frame) if stop else stop.append("interrupted")))
     bar = tqdm(total=total * size, initial=step * size, unit="img", disable=None)
-    begin, shown = time.time(), 0
+    begin, shown, since = time.time(), 0, step  # since then steps have been skipped
     while step < total and not stop:
         tick, first = time.time(), step
         for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr) / 2**failures
-            slots, start = buffer.draw(size, args.fresh, g)
-            chains = sample(args, net.requires_grad_(False), start, g, args.steps)
-            net.requires_grad_(True)  # off above, or compiled steps work out gradients of weights
-            data = dequantise(x, g, args.smooth)
-            gap, penalty, plus, minus = contrastive_divergence(net, data, chains, args.penalty)
+            x, i = dequantise(x, g), step % steps
+            data = (x + args.smooth * torch.randn(x.shape, generator=g, device=device)).clamp(0, 1)
+            gap = penalty = plus = minus = torch.zeros((), device=device)
+            slots, chains = buffer.draw(size, args.fresh, g)
+            if step == warm:  # a constant is left open by score matching
+                net.head.bias.data -= net(data).mean().detach()
+            if step >= warm:
+                chains = sample(args, net.requires_grad_(False), chains, g, args.steps)
+                net.requires_grad_(True)  # off above, or compiled steps work out its gradients
+                gap, penalty, plus, minus = contrastive_divergence(net, data, chains, args.penalty)
+            sigma = args.smooth ** (1 - torch.rand(size, 1, 1, 1, generator=g, device=device))
+            score = denoising_score_matching(net, x, sigma, tweedie(args), g)
             optimizer.zero_grad()
-            (gap + penalty).backward()
-            norm, i = nn.utils.clip_grad_norm_(net.parameters(), 0.5), step % steps
+            (gap + penalty + 0.1 * score).backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
             good = step_is_good(gap.detach(), norm, log[max(0, i - 100) : i, 2])
             for p in net.parameters():  # as beta_1 is 0, Adam moves nothing without a gradient
-                p.grad = torch.where(good, p.grad, 0)
+                p.grad = None if p.grad is None else torch.where(good, p.grad, 0)
             optimizer.step()
             net.project()
             update_ema(ema, net, step, args.ema * total)
             buffer.write(slots, chains, good)
             log[i] = torch.stack([term.detach().float().mean() for term in (  # walls are 0 and 1
-                plus, minus, gap, penalty, chains % 1 == 0, data % 1 == 0, ~good)])
+                plus, minus, gap, penalty, score, chains % 1 == 0, data % 1 == 0, ~good)])
             step, now = step + 1, time.time()
             bar.update(size)
             if args.time_limit is not None and now - begin > 60 * args.time_limit:
@@ -249,10 +257,9 @@ def train(args, state, device, out):
                 if why := trouble(net, log[since % steps : i + 1, -1].sum().item(), last):
                     failures, since = failures + 1, step
                     if failures == 3:
-                        raise FloatingPointError(
-                            f"diverged three times, at last at step {step} ({why}); {out} is as "
-                            f"before: --resume or start anew with --lr {args.lr / 10:.1g}")
-                    go_to(healthy)
+                        raise FloatingPointError(f"diverged three times, at step {step} too ({why})"
+                                                 f": start anew with --lr {args.lr / 10:.1g}")
+                    go_to(load_checkpoint(out / "checkpoint.pt"))
                     bar.write(f"step {step}: {why}; back to the last healthy state, half the rate")
                 bar.set_postfix(gap=f"{last['gap']:.4f}", epoch=f"{step / steps:.1f}")
                 shown = now
@@ -262,11 +269,11 @@ def train(args, state, device, out):
         if step % steps == 0:
             rate = (step - first) * size / (time.time() - tick)
             kept = log[log[:, -1] == 0].mean(0).nan_to_num(0).tolist()
-            rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds,
-                         "train loss": kept[2] + kept[3], **dict(zip(TERMS, kept, strict=True)),
-                         "skipped": log[:, -1].sum().item(), "failures": failures})
+            rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds, "train loss":
+                         kept[2] + kept[3] + 0.1 * kept[4], **dict(zip(TERMS, kept, strict=
+                         True)), "skipped": log[:, -1].sum().item(), "failures": failures})
+            since = step
             save()
-            healthy, since = copy.deepcopy(states()), step
             write_log(rows, out)
             lines = {key: [row[key] for row in rows] for key in rows[0] if "E " in key}
             plot(out / "energies.png", [row["epoch"] for row in rows], lines, xlabel="epoch")
@@ -284,32 +291,30 @@ def train(args, state, device, out):
 # ------------------------------------------------------------------------------------------- uses
 def sample(args, net, x, g, steps, hook=lambda x, e, g: x):
     return langevin(net, x, steps, args.step_size, args.noise, args.clamp, g, hook)
+def tweedie(args):  # d: such a step without noise takes the noise of the data off
+    return 2 * args.step_size * (args.smooth / args.noise) ** 2
 def generate(args, net, count, g):
-    """uint8 images (count, 3, 32, 32) from uniform noise, never from the buffer; the last step,
-    smooth^2 / T and without noise, takes the noise of the data off (Tweedie's formula)."""
+    """uint8 images (count, 3, 32, 32) from uniform noise, never from the buffer."""
     x = torch.rand(count, 3, 32, 32, generator=g, device=g.device)
-    x = sample(args, net, x, g, args.chain)
-    return quantise(langevin(net, x, 1, 2 * args.step_size * (args.smooth / args.noise) ** 2, 0))
+    return quantise(langevin(net, sample(args, net, x, g, args.chain), 1, tweedie(args), 0))
 def draw_chains(args, net, test, out):
-    """Columns of chains, each row later: from noise; twice as long, from test images and noise.
-    If long chains from images leave them, the energy is no density but serves short chains."""
+    """Eight chains from noise and eight from test images; rows are later and later, to 2 --chain.
+    If the latter leave what they were, the energy is no density but serves short chains."""
     from common import save_grid
     g = torch.Generator(test.device).manual_seed(args.seed)
-    noise = torch.rand(8, 3, 32, 32, generator=g, device=test.device)
-    x = torch.cat([dequantise(test[:8], g), noise])
-    rows = [quantise(x)]
-    sample(args, net, x, g, 2 * args.chain, lambda x, e, g: rows.append(quantise(x)) or x)
-    for name, count, last in ("chains", 8, args.chain), ("long_run", len(x), 2 * args.chain):
-        chosen = [rows[int(last ** (i / 7)) if i else 0][-count:] for i in range(8)]
-        save_grid(torch.cat(chosen), out / f"{name}.png", columns=count)
-def restore(truth, known):  # a hook that sets the known pixels to the truth
-    return lambda x, e, g: torch.where(known, truth, x)
+    x = torch.cat([torch.rand(8, 3, 32, 32, generator=g, device=g.device), dequantise(test[:8], g)])
+    rows, last = [quantise(x)], 2 * args.chain
+    sample(args, net, x, g, last, lambda x, e, g: rows.append(quantise(x)) or x)
+    rows = [rows[int(last ** (i / 7)) if i else 0] for i in range(8)]
+    save_grid(torch.cat(rows), out / "chains.png", columns=len(x))
 def outliers(test, g):
     """{name: uint8 images} like no image of the test set: as many, of the same shape."""
     kind = {"generator": g, "device": test.device, "dtype": torch.uint8}
+    order = torch.rand(len(test), 1, 1024, generator=g, device=test.device).argsort(2)
     return {
         "uniform": torch.randint(256, test.shape, **kind),
         "constant": torch.randint(256, (len(test), 3, 1, 1), **kind).expand_as(test),
+        "shuffled": test.flatten(2).gather(2, order.expand(-1, 3, -1)).view_as(test),
         "interpolated": ((test.int() + test.roll(1, 0)) // 2).to(torch.uint8),
         "upside-down": test.flip(2)}
 def auroc(inside, outside):
@@ -330,38 +335,35 @@ def apply(args, state, device, out):
         if start == 0:
             save_grid(x[:64], out / "generated.png")
         print(f"{start + len(x)} of {args.generate} images in {out / 'generated'}")
-    if args.inpaint:  # rows of a test image, the same without its centre, and six completions
+    truth = None if test is None else dequantise(test[:16], g)
+    def save(before, after, name):  # truth, before, after; of the next image, ...
+        rows = torch.stack([truth, before, after], dim=1)
+        save_grid(quantise(rows.flatten(0, 1)), out / name, columns=12)
+        return -10 * (rows[:, 1:] - rows[:, :1]).square().mean((2, 3, 4)).log10().mean(0)
+    if args.inpaint:
         known = nn.functional.pad(torch.zeros(16, 16, device=device), [8] * 4, value=1).bool()
-        truth = dequantise(test[:6, None], g)
-        many = truth.expand(-1, 6, -1, -1, -1).flatten(0, 1)
-        x = torch.rand(many.shape, generator=g, device=device)
-        x = sample(args, net, x, g, args.chain, restore(many, known)).unflatten(0, (-1, 6))
-        rows = torch.cat([truth, torch.where(known, truth, 0), x], dim=1)
-        save_grid(quantise(rows.flatten(0, 1)), out / "inpaint.png")
-    if args.denoise:  # salt and pepper on a tenth of the pixels; rows of truth, before, after
-        truth = dequantise(test[:16], g)
-        u = torch.rand(len(truth), 1, 32, 32, generator=g, device=device)
-        before = torch.where(u < 0.1, (u < 0.05).float(), truth)
-        rows = torch.stack([truth, before, sample(args, net, before, g, args.steps)], dim=1)
-        noisy, clean = -10 * (rows[:, 1:] - rows[:, :1]).square().mean((2, 3, 4)).log10().mean(0)
-        print(f"PSNR {noisy:.2f} dB before, {clean:.2f} dB after, of {len(truth)} test images")
-        save_grid(quantise(rows.flatten(0, 1)), out / "denoise.png", columns=12)
+        x = torch.rand(truth.shape, generator=g, device=device)
+        x = sample(args, net, x, g, args.chain, lambda x, e, g: torch.where(known, truth, x))
+        save(torch.where(known, truth, 0), x, "inpaint.png")
+    if args.denoise:
+        x = truth + 0.1 * torch.randn(truth.shape, generator=g, device=device)
+        noisy, clean = save(x, langevin(net, x, 1, tweedie(args), 0), "denoise.png")
+        print(f"PSNR {noisy:.2f} dB before, {clean:.2f} dB after, of {len(x)} test images")
     if args.evaluate:
-        others = {**outliers(test, g), args.ood: torch.cat(load(args.ood)).to(device)}
-        train = load(args.data, args.subset)[0][: len(test)].to(device)
-        sets = {"train": train, "test": test, "samples": generate(args, net, 100, g)}
+        sets = {"test": test, "train": load(args.data, args.subset)[0][: len(test)].to(device),
+                "samples": generate(args, net, 100, g), **outliers(test, g),
+                args.ood: torch.cat(load(args.ood)).to(device)}
         e = {name: torch.cat([net(dequantise(part, g)) for part in x.split(250)]).cpu()
-             for name, x in {**sets, **others}.items()}
-        for name in others:
+             for name, x in sets.items()}
+        for name in [*sets][3:]:
             print(f"AUROC {auroc(e['test'], e[name]):.3f}  of test images, of mean energy "
                   f"{e['test'].mean():.4f}, against {name}, of {e[name].mean():.4f}")
-        low, high = (end.item() for end in torch.cat([e[name] for name in sets]).aminmax())
-        lines = {name: (e[name].histc(50, low, high) / len(e[name])).tolist() for name in sets}
+        low, high = (end.item() for end in torch.cat([e[k] for k in [*sets][:3]]).aminmax())
+        lines = {k: (e[k].histc(50, low, high) / len(e[k])).tolist() for k in [*sets][:3]}
         plot(out / "histogram.png", torch.linspace(low, high, 101)[1::2], lines, xlabel="energy")
 # -------------------------------------------------------------------------------------------- CLI
-KEPT = ["width", "mults", "blocks", "stride", "data", "subset", "batch_size", "buffer", "epochs",
-        "lr", "ema", "seed", "sample_every", "steps", "step_size", "noise", "clamp", "chain",
-        "fresh", "penalty", "smooth"]  # the first are fixed by a checkpoint, the others remembered
+KEPT = """width mults blocks data subset batch_size buffer epochs lr ema seed sample_every
+    warm_up steps step_size noise clamp chain fresh penalty smooth""".split()
 def parse(argv=None):
     """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
     parser = argparse.ArgumentParser(
@@ -396,7 +398,7 @@ def parse(argv=None):
     flag("--mults", [1, 2, 4, 4], "channels at each resolution, in units of the width",
          type=lambda text: [int(m) for m in text.split(",")], metavar="M,M,...")
     flag("--blocks", 2, "residual blocks at a resolution")
-    flag("--stride", 1, "pixels to a place of the highest resolution", choices=[1, 2, 4])
+    flag("--warm-up", 0.7, "share of the run with score matching alone, without chains")
     flag("--steps", 40, "Langevin steps an update, K, and of --denoise", metavar="K")
     flag("--step-size", 20.0, "a: what a step takes of the gradient")
     flag("--noise", 0.02, "s: std of the noise of a step; images are in [0, 1]")
@@ -405,7 +407,7 @@ def parse(argv=None):
     flag("--buffer", 10_000, "persistent chains")
     flag("--fresh", 0.05, "share of the drawn chains that start anew")
     flag("--penalty", 1.0, "alpha: weight of the squared energies")
-    flag("--smooth", 0.03, "std of the noise on training images")
+    flag("--smooth", 0.03, "std of the noise on training images; the least of score matching")
     flag("--inpaint", False, "only complete test images whose centre is hidden", **tick)
     flag("--denoise", False, "only clean test images of salt and pepper", **tick)
     flag("--ood", "shapes", "other images for --evaluate, like --data")
@@ -416,18 +418,18 @@ def parse(argv=None):
         state = load_checkpoint(path)
         parser.set_defaults(**state["args"])
         args = parser.parse_args(argv)
-        for key in KEPT[: 4 if use else 8]:
+        for key in KEPT[: 3 if use else 7]:
             if getattr(args, key) != state["args"][key]:
                 name = key.replace("_", "-")
                 die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
     elif path.exists():
         die(f"{path} is there already: go on with --resume, or name another folder with --out")
     for key, value in vars(args).items():
-        low = 1e-9 * (key not in "subset lr seed time_limit fresh penalty smooth".split())
-        if type(value) in (int, float) and not low <= value <= (1 if key == "fresh" else 2**31 - 1):
+        low = 1e-9 * (key not in "subset lr seed time_limit fresh penalty warm_up".split())
+        if type(value) in (int, float) and not low <= value < 2**31:
             die(f"--{key.replace('_', '-')} {value} is out of range")
-    if len(args.mults) > 7 - args.stride.bit_length() or min(args.mults) < 1:
-        die("--mults takes numbers above 0, up to 6, or 5 with --stride 2, 4 with --stride 4")
+    if len(args.mults) > 6 or min(args.mults) < 1:
+        die("--mults takes one to six numbers above 0")
     return args, state, use
 
 def main(argv=None):

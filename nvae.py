@@ -27,7 +27,7 @@ Not as in the paper: one width at all latent scales, z added to h, all priors le
 scale, P(v) exact also at byte 254 and far from m, EMA, no weight decay, one power iteration a step.
 Notation: B batch, C channels, H W pixels, G groups, n latents, M mixtures; x is (B, 3, 32, 32)."""
 import argparse, copy, io, math, os, signal, sys, time
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 import torch
 from torch import nn
@@ -105,23 +105,23 @@ class NVAE(nn.Module):
                  latents=20):
         super().__init__()
         self.amp, self.scales, c, wide = amp, groups, 2 * width, max(1, expand // 2)
-        places = [(scale, i) for scale, count in enumerate(groups) for i in range(count)]
+        places = [scale for scale, count in enumerate(groups) for _ in range(count)]
         more = [encoder_cell(width, width) for _ in range(outer - 1)]
         self.before = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1), *more, encoder_cell(width, c, down=True))
         self.start = nn.Parameter(torch.randn(1, c, 32 >> len(groups), 32 >> len(groups)))
         self.encoder, self.groups = nn.ModuleList(), nn.ModuleList()
-        for scale, i in places:  # from fine to coarse
-            down = [encoder_cell(c, c, down=True)] if scale and i == 0 else []
-            self.encoder.append(nn.Sequential(*down, *(encoder_cell(c, c) for _ in range(cells))))
-        for scale, i in places[::-1]:  # from coarse to fine
-            more = [decoder_cell(c, c, expand) for _ in range(cells if self.groups else 0)]
-            if self.groups and i == groups[scale] - 1:
-                more = [decoder_cell(c, c, expand, up=True), *more]
+        for above, scale in pairwise([0, *places]):  # from fine to coarse
+            more = [encoder_cell(c, c, down=True) for _ in range(scale - above)]
+            self.encoder.append(nn.Sequential(*more, *(encoder_cell(c, c) for _ in range(cells))))
+        for below, scale in pairwise([len(groups) - 1, *places[::-1]]):  # from coarse to fine
+            more = [decoder_cell(c, c, expand, up=True) for _ in range(below - scale)]
+            more += [decoder_cell(c, c, expand) for _ in range(cells if self.groups else 0)]
             self.groups.append(Group(more, c, latents, flows))
-        self.register_buffer("alpha", torch.tensor([4.0**-s / groups[s] for s, _ in places[::-1]]))
+        self.register_buffer("alpha", torch.tensor([4.0**-s / groups[s] for s in places[::-1]]))
+        up = [decoder_cell(c, c, expand, up=True) for _ in range(places[0])]
         more = [decoder_cell(width, width, wide) for _ in range(outer - 1)]
-        self.after = nn.Sequential(decoder_cell(c, width, wide, up=True), *more, nn.ELU(),
+        self.after = nn.Sequential(*up, decoder_cell(c, width, wide, up=True), *more, nn.ELU(),
                                    nn.Conv2d(width, 100, 3, padding=1))
     def bottom_up(self, x):
         """x (B, 3, 32, 32) in [-1, 1] -> what each group may know of it, a list (B, C, H, W)."""
@@ -419,8 +419,8 @@ def draw_pictures(args, net, images, test, out):
     logits, groups = seen.top_down(draw, len(x), seen.bottom_up(scaled(x)))
     pairs = torch.stack([x, quantise(dmol_mean(logits))], dim=1)  # originals left of their copies
     save_grid(pairs.flatten(0, 1), out / "reconstructions.png")
-    # A row for each scale of four images: the image, and seven draws of all groups below the scale.
-    for i, known in product(range(min(4, len(x))), accumulate(net.scales[::-1])):
+    # A row for each scale of four images: the image, and seven draws of all groups from there on.
+    for i, known in product(range(min(4, len(x))), sorted({0, *accumulate(net.scales[::-1])})[:-1]):
         z = [group["z"][i:i + 1].expand(7, -1, -1, -1) for group in groups[:known]]
         logits, _ = seen.top_down(draw, 7, z=z)
         rows += [x[i:i + 1], quantise(dmol_mean(logits))]
@@ -499,7 +499,7 @@ def parse(argv=None):
     flag("--evaluate", False, "only measure on the test images", **tick)
     group = parser.add_argument_group(NAME)
     flag("--width", 64, "channels at 32x32, twice as many at lower resolutions")
-    flag("--groups", [12, 8], "of latents, at 16x16, 8x8, ...",
+    flag("--groups", [12, 8], "of latents, at 16x16, 8x8, ..., 0 for none",
          type=lambda text: [int(n) for n in text.split(",")], metavar="N,N,...")
     flag("--cells", 1, "residual cells each way a group")
     flag("--outer", 2, "residual cells each way at 32x32")
@@ -528,8 +528,8 @@ def parse(argv=None):
         low = 1e-9 * (key not in "subset lr seed time_limit flows kl_warmup spectral".split())
         if type(value) in (int, float) and not low <= value < 2**31:
             die(f"--{key.replace('_', '-')} {value} is out of range")
-    if not 1 <= len(args.groups) <= 4 or min(args.groups) < 1:
-        die("--groups takes one to four numbers above 0")
+    if not 1 <= len(args.groups) <= 4 or min(args.groups) < 0 or not any(args.groups):
+        die("--groups takes one to four numbers, 0 for a scale without latents, not all of them 0")
     return args, state, use
 
 def main(argv=None):

@@ -357,7 +357,7 @@ def test_every_layer_matters():
     assert not dead
 
 def test_shapes_of_groups_and_images():
-    for groups in (2,), (1, 1), (1, 2, 1), (1, 1, 1, 1):
+    for groups in (2,), (1, 1), (1, 2, 1), (1, 1, 1, 1), (0, 2), (1, 0, 0, 1):
         net, x = network(groups=groups, cells=2, outer=2), nvae.scaled(images(2))
         features = net.bottom_up(x)
         logits, found = net.top_down(nvae.noise(gen()), 2, features)
