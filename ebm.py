@@ -5,13 +5,14 @@ A network gives each image x an energy E(x), low if the image is likely and high
 Neither learning nor sampling needs Z. Langevin dynamics samples p by K noisy steps downhill (Du &
 Mordatch 2019, arXiv:1903.08689, algorithm 1), g cut to +-clamp and x to [0, 1]:
     x = x - a g + s z,      g = grad E(x),      z ~ N(0, I)                     T = s^2 / (2 a)
-T times the gradient of -ln p(data) is that of E(x+) - E(x-), x+ from the data and x- from p. For
-x- contrastive divergence takes ends of persistent chains (Tieleman 2008): a buffer keeps them, the
-next K steps go on there, but for a few that start anew in uniform noise. As chains cost most of
-the time, E first learns without, for --warm-up of the run, to take noise off: with d = std^2 / T,
-x - d grad E(x) is the best guess of x before noise of the std, --smooth, that the data have.
-    gap = mean(E(x+) - E(x-))            penalty = alpha mean(E(x+)^2 + E(x-)^2)
-    score = mean |d grad E(x + sigma z) / sigma - z|^2,       sigma from --smooth to 1
+T times the gradient in the weights of -ln p(data) is that of E(x+) - E(x-), on average, with x+
+from the data and x- from p. For x- contrastive divergence takes ends of persistent chains (Tieleman
+2008): a buffer keeps them, the next K steps go on there, but for a few that start anew in noise.
+    gap = mean(E(x+) - E(x-))            penalty = alpha mean(E(x+)^2 + E(x-)^2), so E stays near 0
+Chains cost most of the time, so E learns without for --warm-up of the run, from noise taken off:
+E[x | y] = y + std^2 grad ln p(y) = y - d grad E(y), d = std^2 / T, if y is x with noise of the std
+of all x+, --smooth (Tweedie). E is taught to do so for louder noise too, which y shows by itself:
+    score = mean((d grad E(x + sigma z) / sigma - z)^2),         ln sigma even, --smooth to 1
 The loss is gap + penalty + 0.1 score. A gap near 0 says that chains keep up with the network.
     python ebm.py --epochs 50                                 train on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000 --chain 2000                PNG files, from fresh noise
@@ -35,8 +36,8 @@ class Block(nn.Module):
     def forward(self, x):
         return self.skip(x) + self.conv2(silu(self.conv1(silu(x))))
 class EnergyNet(nn.Module):
-    """E: (B, 3, H, W) in [0, 1] -> (B,), linear in means over H W of silu(h) and, as E should grow
-    like the square of noise, h^2 of width * mults channels h at full, half, ... resolution."""
+    """E: (B, 3, H, W) -> (B,), linear in the means over H W of silu(h) and of h^2, for E to grow as
+    the square of noise does; h are width * mults channels at full, half, ... resolution."""
     def __init__(self, amp=False, width=64, mults=(1, 2, 4, 4), blocks=2):
         super().__init__()
         self.amp, widths = amp, [width * m for m in mults]
@@ -52,7 +53,7 @@ class EnergyNet(nn.Module):
         self.project(30)
     @torch.no_grad()
     def project(self, iterations=1):
-        """Cut singular values of convolutions (C_out, rest) to 1, by power iterations on u."""
+        """Keep E smooth: divide convolutions (C_out, rest) by singular values u.Wv above 1."""
         for layer in self.convolutions:
             w, u = layer.weight.flatten(1), layer.u
             for _ in range(iterations):
@@ -60,7 +61,7 @@ class EnergyNet(nn.Module):
                 u.copy_(normalize(w @ v, dim=0))
             layer.weight.div_((u @ w @ v).clamp(min=1))
     def forward(self, x):
-        h, means = self.stem(10 * x - 5), []  # fp32: bf16 has steps as large as the noise of chains
+        h, means = self.stem(10 * x - 5), []  # fp32: steps of bf16 are near the noise of chains
         for level, blocks in enumerate(self.levels):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
                 h = blocks(avg_pool2d(h, 2) if level else h)
@@ -116,8 +117,8 @@ class Buffer(nn.Module):
         self.chains[slots] = torch.where(good, quantise(x), self.chains[slots])
 # ----------------------------------------------------------------------------------------- guards
 def step_is_good(gap, norm, recent):
-    """Flag () on the device: gap and norm are finite, the gap within 1 or 5 medians of `recent`.
-    A bad step changes neither weights nor buffer."""
+    """Flag () on the device: gap and norm are finite, |gap| <= max(1, 5 medians of `recent`).
+    After a bad step Adam and the buffer do nothing."""
     limit = (5 * recent.abs().nanmedian()).nan_to_num(0).clamp(min=1)
     return gap.isfinite() & norm.isfinite() & (gap.abs() <= limit)
 def trouble(net, skipped, last):
@@ -139,7 +140,7 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
 @torch.no_grad()
 def update_ema(ema, net, step, half_life):
-    """Average the weights, half-life in steps; in a young run, of a tenth of the steps so far."""
+    """Average the weights, half-life in steps; in a young run, of 8 % of the steps so far."""
     decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 def save_checkpoint(path, state):
@@ -203,7 +204,7 @@ def train(args, state, device, out):
         go_to(state)
         g.set_state(state["random"])
         log[: len(state["log"])] = state["log"].to(device)
-    for part in (net, ema) if args.compile else ():
+    for part in (net, ema) if args.compile else ():  # but not net.forward, which is derived twice
         part.compile()
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
           f", step {step} of {total} on {device}{', bf16' * args.amp}")
@@ -228,14 +229,14 @@ def train(args, state, device, out):
             data = (x + args.smooth * torch.randn(x.shape, generator=g, device=device)).clamp(0, 1)
             gap = penalty = plus = minus = torch.zeros((), device=device)
             slots, chains = buffer.draw(size, args.fresh, g)
-            if step == warm:  # a constant is left open by score matching
+            if step <= warm and step % 50 == 0:  # the score leaves a constant open: E(data) = 0
                 net.head.bias.data -= net(data).mean().detach()
             if step >= warm:
                 chains = sample(args, net.requires_grad_(False), chains, g, args.steps)
                 net.requires_grad_(True)  # off above, or compiled steps work out its gradients
                 gap, penalty, plus, minus = contrastive_divergence(net, data, chains, args.penalty)
             sigma = args.smooth ** (1 - torch.rand(size, 1, 1, 1, generator=g, device=device))
-            score = denoising_score_matching(net, x, sigma, tweedie(args), g)
+            score = denoising_score_matching(net.forward, x, sigma, tweedie(args), g)
             optimizer.zero_grad()
             (gap + penalty + 0.1 * score).backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
@@ -289,8 +290,8 @@ def train(args, state, device, out):
         raise SystemExit(130 if stop[0] == "interrupted" else 0)
     draw_chains(args, ema, test, out)
 # ------------------------------------------------------------------------------------------- uses
-def sample(args, net, x, g, steps, hook=lambda x, e, g: x):
-    return langevin(net, x, steps, args.step_size, args.noise, args.clamp, g, hook)
+def sample(args, net, x, g, steps, *hook):
+    return langevin(net, x, steps, args.step_size, args.noise, args.clamp, g, *hook)
 def tweedie(args):  # d: such a step without noise takes the noise of the data off
     return 2 * args.step_size * (args.smooth / args.noise) ** 2
 def generate(args, net, count, g):
@@ -299,7 +300,7 @@ def generate(args, net, count, g):
     return quantise(langevin(net, sample(args, net, x, g, args.chain), 1, tweedie(args), 0))
 def draw_chains(args, net, test, out):
     """Eight chains from noise and eight from test images; rows are later and later, to 2 --chain.
-    If the latter leave what they were, the energy is no density but serves short chains."""
+    If the latter stop looking like images, the energy is no density but serves short chains."""
     from common import save_grid
     g = torch.Generator(test.device).manual_seed(args.seed)
     x = torch.cat([torch.rand(8, 3, 32, 32, generator=g, device=g.device), dequantise(test[:8], g)])
@@ -399,7 +400,7 @@ def parse(argv=None):
          type=lambda text: [int(m) for m in text.split(",")], metavar="M,M,...")
     flag("--blocks", 2, "residual blocks at a resolution")
     flag("--warm-up", 0.7, "share of the run with score matching alone, without chains")
-    flag("--steps", 40, "Langevin steps an update, K, and of --denoise", metavar="K")
+    flag("--steps", 40, "Langevin steps an update", metavar="K")
     flag("--step-size", 20.0, "a: what a step takes of the gradient")
     flag("--noise", 0.02, "s: std of the noise of a step; images are in [0, 1]")
     flag("--clamp", 0.01, "largest gradient of a pixel")
@@ -409,7 +410,7 @@ def parse(argv=None):
     flag("--penalty", 1.0, "alpha: weight of the squared energies")
     flag("--smooth", 0.03, "std of the noise on training images; the least of score matching")
     flag("--inpaint", False, "only complete test images whose centre is hidden", **tick)
-    flag("--denoise", False, "only clean test images of salt and pepper", **tick)
+    flag("--denoise", False, "only clean test images of Gaussian noise", **tick)
     flag("--ood", "shapes", "other images for --evaluate, like --data")
     args, state = parser.parse_args(argv), None
     path = Path(args.out) / "checkpoint.pt"

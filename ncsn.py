@@ -221,7 +221,7 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
 @torch.no_grad()
 def update_ema(ema, net, step, half_life):
-    """Average the weights, half-life in steps; in a young run, of a tenth of the steps so far."""
+    """Average the weights, half-life in steps; in a young run, of 8 % of the steps so far."""
     decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 

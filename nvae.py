@@ -11,7 +11,7 @@ adds it to h, which after the last group gives p(x|z). q is relative to p (secti
 adds to mu and ln sigma of p, before mu = 5 tanh(mu / 5), sigma = exp(5 tanh(ln sigma / 5)) + .01.
 The loss, in nats an image, is minus the bound and a price on steep functions of x and z:
     loss = -ln p(x|z) + beta sum_i gamma_i KL(q(z_i | z_<i, x) || p(z_i | z_<i)) + lambda R,  z ~ q
-beta rises to 1 in the first --kl-warmup epochs; meanwhile gamma_i, in proportion to KL_i, shares
+beta rises to 1 in the first --kl-warmup epochs; meanwhile gamma_i, growing with KL_i, shares
 the burden among groups (appendix A), afterwards gamma = 1. R sums the largest singular values of
 all convolutions and the largest BatchNorm factors. p(x|z) mixes M = 10 discretised logistics, mean
 m and scale s (Salimans et al. 2017, arXiv:1701.05517): a colour's byte v, x = v / 127.5 - 1, has
@@ -22,7 +22,7 @@ are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016,
     python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000 --temperature 0.7          PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
-    python nvae.py --width 128 --groups 30 --cells 2 --flows 1 --epochs 400 --kl-warmup 120    paper
+    python nvae.py --width 128 --groups 30 --cells 2 --flows 2 --epochs 400 --kl-warmup 120    paper
 Not as in the paper: one width at all latent scales, z added to h, all priors learned, flows that
 scale, P(v) exact also at byte 254 and far from m, EMA, no weight decay, one power iteration a step.
 Notation: B batch, C channels, H W pixels, G groups, n latents, M mixtures; x is (B, 3, 32, 32)."""
@@ -35,7 +35,7 @@ from torch.nn.functional import conv2d, elu, logsigmoid, normalize
 NAME = "nvae"
 NATS = 3072 * math.log(2)  # of an image, to one bit per dimension
 # ---------------------------------------------------------------------------------------- network
-norm = nn.BatchNorm2d  # calibrated() puts plain means in place of its running ones
+norm = nn.BatchNorm2d  # its statistics come from calibrated(), as the EMA has none
 class Cell(nn.Module):
     """Residual cell, (B, cin, H, W) -> (B, cout, H', W'), gated by squeeze and excitation: each
     channel is multiplied by a number in (0, 1) that depends on the means of all channels."""
@@ -189,8 +189,8 @@ def elbo(net, x, generator=None):
     kl = [log_ratio(z) if net.groups[0].flows else kl_normal(z["q"], z["p"]) for z in groups]
     return -dmol_log_prob(logits, x), torch.stack([term.sum((2, 3)) for term in kl], dim=1)
 def kl_loss(kl, beta, alpha):
-    """beta sum_i gamma_i mean KL_i of kl (B, G). While beta < 1, gamma_i grows with KL_i over
-    alpha_i, pixels by groups of its scale, so that none does nothing and none all (appendix A)."""
+    """beta sum_i gamma_i mean KL_i of kl (B, G). While beta < 1, gamma_i grows with KL_i / alpha_i,
+    alpha_i = pixels / groups of its scale: who tells more pays more, so none falls silent."""
     gamma = (kl.detach().abs().mean(0) + 0.01) / alpha
     gamma = gamma / gamma.mean() if beta < 1 else torch.ones_like(gamma)
     return beta * (gamma * kl.mean(0)).sum()
@@ -214,7 +214,7 @@ class Spectral(nn.Module):
             with torch.no_grad():
                 for _ in range(iterations):
                     v = normalize(w.mT @ u, dim=1)
-                    u.copy_(normalize(w @ v, dim=1))
+                    u.copy_(normalize(w @ v + 1e-9 * u, dim=1))  # W = 0 keeps u
             total = total + (u.clone() * (w @ v)).sum()
         return total
 def iw_bound(net, x, k, generator=None):
@@ -273,7 +273,7 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
 @torch.no_grad()
 def update_ema(ema, net, step, half_life):
-    """Average the weights, half-life in steps; in a young run, of a tenth of the steps so far."""
+    """Average the weights, half-life in steps; in a young run, of 8 % of the steps so far."""
     decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 

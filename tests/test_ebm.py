@@ -346,6 +346,11 @@ def test_every_layer_matters():
     (net(x) * torch.tensor([1.0, -2.0])).sum().backward()
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
 
+def test_far_out_the_energy_grows_as_the_square_of_noise_does():
+    net, z = network(), rand(3, 3, 16, 16) - 0.5
+    ratio = net(0.5 + 2e4 * z) / net(0.5 + 1e4 * z)
+    assert torch.allclose(ratio, torch.full_like(ratio, 4), rtol=0.01)
+
 def test_bf16_stays_between_stem_and_pool():
     fine, rough, x = network(), network(amp=True), rand(4, 3, 16, 16)
     kinds = {}

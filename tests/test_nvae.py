@@ -258,6 +258,16 @@ class Toy:
         p = torch.zeros_like(mu), torch.ones_like(mu)
         return z, [{"z": z, "z0": z, "log_det": 0.0, "q": (mu, sigma), "p": p}]
 
+def test_weights_that_start_at_zero_are_found_once_they_are_not():
+    """As those of the layers that read p and q: vectors of zeros would stay zeros."""
+    layer = nn.Conv2d(3, 4, 3)
+    nn.init.zeros_(layer.weight)
+    spectral = nvae.Spectral(layer)
+    assert spectral().item() == 0
+    nn.init.normal_(layer.weight, generator=gen())
+    due = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item()
+    assert spectral(50).item() == pytest.approx(due, rel=1e-3)
+
 def test_importance_weighted_bound_on_a_toy(monkeypatch):
     """Exact where q is, at any K; else below ln p(x), the ELBO at K = 1, and rising with K."""
     monkeypatch.setattr(nvae, "dmol_log_prob", lambda z, x: gaussian(x, z, 1.0).flatten())
@@ -436,7 +446,7 @@ def test_sizes_of_the_networks():
     count = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
     with torch.device("meta"):
         default = nvae.NVAE()
-        paper = nvae.NVAE(width=128, groups=(30,), cells=2, flows=1)
+        paper = nvae.NVAE(width=128, groups=(30,), cells=2, flows=2)
     assert 10.5e6 < count(default) < 13.5e6
     assert 120e6 < count(paper) < 136e6 and len(paper.groups) == 30
     assert paper.start.shape == (1, 256, 16, 16)
