@@ -322,7 +322,6 @@ def auroc(inside, outside):
     """Share of pairs where `outside` (M,) has more energy than `inside` (N,), ties 1/2."""
     low, high = (torch.searchsorted(inside.sort().values, outside, right=r) for r in (False, True))
     return (low + high).double().mean().item() / 2 / len(inside)
-
 def apply(args, state, device, out):
     """What --generate, --inpaint, --denoise and --evaluate do with the trained weights."""
     from common import export, load, save_grid
