@@ -16,7 +16,7 @@ the burden among groups (appendix A), afterwards gamma = 1. R sums the largest s
 all convolutions and the largest BatchNorm factors. p(x|z) mixes M = 10 discretised logistics, mean
 m and scale s (Salimans et al. 2017, arXiv:1701.05517): a colour's byte v, x = v / 127.5 - 1, has
     P(v) = S((x - m + 1/255) / s) - S((x - m - 1/255) / s),     S(a) = 1 / (1 + exp(-a))
-where m depends on the colours before it; bytes 0 and 255 take the tails besides. Bits per dimension
+where m is linear in the colours before; bytes 0 and 255 take the tails besides. Bits per dimension
 are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016, arXiv:1509.00519):
     ln p(x) >= E ln mean_k p(x|z_k) p(z_k) / q(z_k|x)
     python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
@@ -455,7 +455,7 @@ def apply(args, state, device, out):
         seen, few = calibrated(net, images), test[: args.iw_images]
         reconstruction, kl = measure(seen, test)
         axes = Figure().add_subplot(xlabel="group, from coarse to fine", ylabel="KL, bits/dim")
-        for i, units in enumerate(kl, 1):  # active is a unit that tells 0.1 nats of an image
+        for i, units in enumerate(kl, 1):  # a unit, channel of z_i, is active from 0.1 nats on
             axes.bar(i, units.sum().item(), color="C0")
             active = f"{(units * NATS > 0.1).sum()} of {len(units)}"
             print(f"group {i:3}  KL {units.sum():.4f} bits/dim  active units {active}")
