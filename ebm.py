@@ -15,7 +15,7 @@ of all x+, --smooth (Tweedie). E is taught to do so for louder noise too, which 
     score = mean((d grad E(x + sigma z) / sigma - z)^2),         ln sigma even, --smooth to 1
 The loss is gap + penalty + 0.1 score. A gap near 0 says that chains keep up with the network.
     python ebm.py --epochs 50                                 train on CIFAR-10, files in runs/ebm
-    python ebm.py --generate 1000 --chain 2000                PNG files, from fresh noise
+    python ebm.py --generate 1000 --chain 200                 PNG files, from fresh noise
     python ebm.py --evaluate --inpaint --denoise              AUROC, histograms, pictures, PSNR
 Not as in the papers: score, singular values cut to 1 (arXiv:1804.04368), larger s, EMA, guards.
 Notation: B batch, C channels, H W pixels; images are float (B, 3, 32, 32) in [0, 1]; E is (B,)."""
