@@ -512,6 +512,17 @@ def test_the_third_divergence_ends_with_one_clear_error(run, trained, dies):
     assert all(value.isfinite().all() for value in load("r")["net"].values())
     assert run("--generate 1 --out r") == 0
 
+@ebm_only
+def test_chains_begin_after_the_warm_up_and_energies_are_centred_in_it(run, monkeypatch):
+    calls, real = [], run.module.contrastive_divergence
+    monkeypatch.setattr(run.module, "contrastive_divergence", lambda *rest, **options: (
+        calls.append(1), real(*rest, **options))[1])
+    for share, due in (1, 0), (0.5, STEPS), (0, 2 * STEPS):
+        calls.clear()
+        assert run.train(f"--epochs 2 --warm-up {share} --out r{due}") == 0 and len(calls) == due
+    assert load("r0")["net"]["head.bias"] == 0  # a flat E, and the score does not move its level
+    assert all(float(row["gap"]) == 0 != float(row["score"]) for row in log("r0"))
+
 def test_few_images_are_enough(run):
     np.savez("few.npz", train=common.shapes(6, 0)[0], train_labels=np.zeros(6, np.uint8),
              test=common.shapes(2, 1)[0], test_labels=np.zeros(2, np.uint8))
