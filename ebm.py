@@ -2,8 +2,7 @@
 
 A network gives each image x an energy E(x), low if the image is likely and high if it is not:
     p(x) = exp(-E(x) / T) / Z                  Z = integral of exp(-E(x) / T) over all images
-Neither learning nor sampling needs Z. Langevin dynamics samples p by K noisy steps downhill (Du &
-Mordatch 2019, arXiv:1903.08689, algorithm 1), g cut to +-clamp and x to [0, 1]:
+Langevin dynamics samples p without Z, by K noisy steps down E (Du & Mordatch, arXiv:1903.08689):
     x = x - a g + s z,      g = grad E(x),      z ~ N(0, I)                     T = s^2 / (2 a)
 T times the gradient in the weights of -ln p(data) is that of E(x+) - E(x-), on average, with x+
 from the data and x- from p. For x- contrastive divergence takes ends of persistent chains (Tieleman
@@ -17,7 +16,6 @@ The loss is gap + penalty + 0.1 score. A gap near 0 says that chains keep up wit
     python ebm.py --epochs 50                                 train on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000 --chain 200                 PNG files, from fresh noise
     python ebm.py --evaluate --inpaint --denoise              AUROC, histograms, pictures, PSNR
-Not as in the papers: score, singular values cut to 1 (arXiv:1804.04368), larger s, EMA, guards.
 Notation: B batch, C channels, H W pixels; images are float (B, 3, 32, 32) in [0, 1]; E is (B,)."""
 import argparse, copy, io, math, os, signal, sys, time
 from pathlib import Path
@@ -53,7 +51,7 @@ class EnergyNet(nn.Module):
         self.project(30)
     @torch.no_grad()
     def project(self, iterations=1):
-        """Keep E smooth: divide convolutions (C_out, rest) by singular values u.Wv above 1."""
+        """Keep E smooth: divide convolutions W (C_out, rest) by singular values u.Wv above 1."""
         for layer in self.convolutions:
             w, u = layer.weight.flatten(1), layer.u
             for _ in range(iterations):
@@ -85,8 +83,7 @@ def denoising_score_matching(energy, x, sigma, scale, generator=None):
     (g,) = torch.autograd.grad(energy(y).sum(), y, create_graph=True)
     return (scale / sigma * g - z).square().mean()
 # --------------------------------------------------------------------------------------- samplers
-def langevin(energy, x, steps, step, noise, clamp=math.inf, generator=None,
-             hook=lambda x, e, g: x):
+def langevin(energy, x, steps, step, noise, clamp=math.inf, generator=None, hook=None):
     """Langevin dynamics in any energy(x) -> (B,), from x (B, ...) in [0, 1], of that many steps.
     Samples exp(-E / T), T = noise^2 / (2 step), but for finite steps (E = c x^2 / 2 gets variance
     T / c / (1 - c step / 2)), the cut where E is steep and walls that gather what would leave.
@@ -98,7 +95,7 @@ def langevin(energy, x, steps, step, noise, clamp=math.inf, generator=None,
             e = energy(x)
             (g,) = torch.autograd.grad(e.sum(), x)  # of x alone: weights get no gradient
         x = (x.detach() - step * g.clamp(-clamp, clamp) + noise * z).clamp(0, 1)
-        x = hook(x, e.detach(), g)
+        x = hook(x, e.detach(), g) if hook else x
     return x.detach()
 class Buffer(nn.Module):
     """The ends of `size` persistent chains, as bytes (size, ...); they start as noise."""
@@ -117,8 +114,7 @@ class Buffer(nn.Module):
         self.chains[slots] = torch.where(good, quantise(x), self.chains[slots])
 # ----------------------------------------------------------------------------------------- guards
 def step_is_good(gap, norm, recent):
-    """Flag () on the device: gap and norm are finite, |gap| <= max(1, 5 medians of `recent`).
-    After a bad step Adam and the buffer do nothing."""
+    """Flag () on the device: gap and norm are finite, |gap| <= max(1, 5 medians of `recent`)."""
     limit = (5 * recent.abs().nanmedian()).nan_to_num(0).clamp(min=1)
     return gap.isfinite() & norm.isfinite() & (gap.abs() <= limit)
 def trouble(net, skipped, last):
@@ -175,7 +171,8 @@ def write_log(rows, folder):
     losses = {key: [row[key] for row in rows] for key in rows[0] if "loss" in key}
     plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
 # ------------------------------------------------------------------------------------------ train
-TERMS = "E data", "E chains", "gap", "penalty", "score", "saturated", "data saturated", "skipped"
+TERMS = ("E data", "E chains", "E start", "gap", "penalty", "gradient", "clamped", "saturated",
+         "score", "data saturated", "skipped")
 def build(args, device):
     torch.manual_seed(args.seed)
     net = EnergyNet(args.amp, args.width, args.mults, args.blocks)
@@ -227,28 +224,32 @@ def train(args, state, device, out):
             optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr) / 2**failures
             x, i = dequantise(x, g), step % steps
             data = (x + args.smooth * torch.randn(x.shape, generator=g, device=device)).clamp(0, 1)
-            gap = penalty = plus = minus = torch.zeros((), device=device)
+            gap = penalty = torch.zeros((), device=device)
+            terms, seen = [gap + math.nan] * 8, []  # no terms without chains
             slots, chains = buffer.draw(size, args.fresh, g)
             if step <= warm and step % 50 == 0:  # the score leaves a constant open: E(data) = 0
                 net.head.bias.data -= net(data).mean().detach()
             if step >= warm:
-                chains = sample(args, net.requires_grad_(False), chains, g, args.steps)
+                chains = sample(args, net.requires_grad_(False), chains, g, args.steps,
+                                lambda x, e, g, seen=seen: seen.append((e, g.abs())) or x)
                 net.requires_grad_(True)  # off above, or compiled steps work out its gradients
                 gap, penalty, plus, minus = contrastive_divergence(net, data, chains, args.penalty)
+                e, slope = map(torch.stack, zip(*seen, strict=True))  # (K, B), (K, B, 3, H, W)
+                terms = plus, minus, e[0], gap, penalty, slope, slope > args.clamp, chains % 1 == 0
             sigma = args.smooth ** (1 - torch.rand(size, 1, 1, 1, generator=g, device=device))
             score = denoising_score_matching(net.forward, x, sigma, tweedie(args), g)
             optimizer.zero_grad()
             (gap + penalty + 0.1 * score).backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-            good = step_is_good(gap.detach(), norm, log[max(0, i - 100) : i, 2])
+            good = step_is_good(gap.detach(), norm, log[max(0, i - 100) : i, 3])
             for p in net.parameters():  # as beta_1 is 0, Adam moves nothing without a gradient
                 p.grad = None if p.grad is None else torch.where(good, p.grad, 0)
             optimizer.step()
             net.project()
             update_ema(ema, net, step, args.ema * total)
             buffer.write(slots, chains, good)
-            log[i] = torch.stack([term.detach().float().mean() for term in (  # walls are 0 and 1
-                plus, minus, gap, penalty, score, chains % 1 == 0, data % 1 == 0, ~good)])
+            log[i] = torch.stack([term.detach().float().mean() for term in (
+                *terms, score, data % 1 == 0, ~good)])
             step, now = step + 1, time.time()
             bar.update(size)
             if args.time_limit is not None and now - begin > 60 * args.time_limit:
@@ -262,17 +263,17 @@ def train(args, state, device, out):
                                                  f": start anew with --lr {args.lr / 10:.1g}")
                     go_to(load_checkpoint(out / "checkpoint.pt"))
                     bar.write(f"step {step}: {why}; back to the last healthy state, half the rate")
-                bar.set_postfix(gap=f"{last['gap']:.4f}", epoch=f"{step / steps:.1f}")
+                bar.set_postfix(gap=f"{last['gap']:.4f}", score=f"{last['score']:.3f}")
                 shown = now
             if stop:
                 break
         seconds += time.time() - tick
         if step % steps == 0:
             rate = (step - first) * size / (time.time() - tick)
-            kept = log[log[:, -1] == 0].mean(0).nan_to_num(0).tolist()
+            kept = log[log[:, -1] == 0].nanmean(0).nan_to_num(0).tolist()
+            row = dict(zip(TERMS, kept, strict=True), skipped=log[:, -1].sum().item())
             rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds, "train loss":
-                         kept[2] + kept[3] + 0.1 * kept[4], **dict(zip(TERMS, kept, strict=
-                         True)), "skipped": log[:, -1].sum().item(), "failures": failures})
+                row["gap"] + row["penalty"] + 0.1 * row["score"], **row, "failures": failures})
             since = step
             save()
             write_log(rows, out)
@@ -356,8 +357,7 @@ def apply(args, state, device, out):
         e = {name: torch.cat([net(dequantise(part, g)) for part in x.split(250)]).cpu()
              for name, x in sets.items()}
         for name in [*sets][3:]:
-            print(f"AUROC {auroc(e['test'], e[name]):.3f}  of test images, of mean energy "
-                  f"{e['test'].mean():.4f}, against {name}, of {e[name].mean():.4f}")
+            print(f"AUROC {auroc(e['test'], e[name]):.3f}  of test images against {name}")
         low, high = (end.item() for end in torch.cat([e[k] for k in [*sets][:3]]).aminmax())
         lines = {k: (e[k].histc(50, low, high) / len(e[k])).tolist() for k in [*sets][:3]}
         plot(out / "histogram.png", torch.linspace(low, high, 101)[1::2], lines, xlabel="energy")
