@@ -4,15 +4,14 @@ A network gives each image x an energy E(x), low if the image is likely and high
     p(x) = exp(-E(x) / T) / Z                  Z = integral of exp(-E(x) / T) over all images
 Langevin dynamics samples p without Z, by K noisy steps down E (Du & Mordatch, arXiv:1903.08689):
     x = x - a g + s z,      g = grad E(x),      z ~ N(0, I)                     T = s^2 / (2 a)
-T times the gradient in the weights of -ln p(data) is that of E(x+) - E(x-), on average, with x+
-from the data and x- from p. For x- contrastive divergence takes ends of persistent chains (Tieleman
-2008): a buffer keeps them, the next K steps go on there, but for a few that start anew in noise.
+Learning needs no Z: the gradient in the weights of -T ln p(x+) is on average that of E(x+) - E(x-),
+x- from p. Persistent contrastive divergence (Tieleman 2008) lets chains of a buffer go on K steps:
     gap = mean(E(x+) - E(x-))            penalty = alpha mean(E(x+)^2 + E(x-)^2), so E stays near 0
-Chains cost most of the time, so E learns without for --warm-up of the run, from noise taken off:
-E[x | y] = y + std^2 grad ln p(y) = y - d grad E(y), d = std^2 / T, if y is x with noise of the std
-of all x+, --smooth (Tweedie). E is taught to do so for louder noise too, which y shows by itself:
+Data get noise of std --smooth, as chains have some: p is the density of y = x + std z, for which
+    mean(x | y) = y + std^2 grad ln p(y) = y - d grad E(y),      d = std^2 / T           (Tweedie)
+E learns this, and with the same d for louder sigma: away from data it grows as noise squared.
     score = mean((d grad E(x + sigma z) / sigma - z)^2),         ln sigma even, --smooth to 1
-The loss is gap + penalty + 0.1 score. A gap near 0 says that chains keep up with the network.
+Loss: gap + penalty + 0.1 score; in the first --warm-up of the run score alone, as chains cost most.
     python ebm.py --epochs 50                                 train on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000 --chain 200                 PNG files, from fresh noise
     python ebm.py --evaluate --inpaint --denoise              AUROC, histograms, pictures, PSNR
@@ -51,7 +50,7 @@ class EnergyNet(nn.Module):
         self.project(30)
     @torch.no_grad()
     def project(self, iterations=1):
-        """Keep E smooth: divide convolutions W (C_out, rest) by singular values u.Wv above 1."""
+        """Keep E smooth: divide W (C_out, rest) by its largest singular value u.Wv, if above 1."""
         for layer in self.convolutions:
             w, u = layer.weight.flatten(1), layer.u
             for _ in range(iterations):
@@ -59,7 +58,7 @@ class EnergyNet(nn.Module):
                 u.copy_(normalize(w @ v, dim=0))
             layer.weight.div_((u @ w @ v).clamp(min=1))
     def forward(self, x):
-        h, means = self.stem(10 * x - 5), []  # fp32: steps of bf16 are near the noise of chains
+        h, means = self.stem(10 * x - 5), []  # fp32: bf16 would round x to 0.003
         for level, blocks in enumerate(self.levels):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
                 h = blocks(avg_pool2d(h, 2) if level else h)
@@ -85,9 +84,9 @@ def denoising_score_matching(energy, x, sigma, scale, generator=None):
 # --------------------------------------------------------------------------------------- samplers
 def langevin(energy, x, steps, step, noise, clamp=math.inf, generator=None, hook=None):
     """Langevin dynamics in any energy(x) -> (B,), from x (B, ...) in [0, 1], of that many steps.
-    Samples exp(-E / T), T = noise^2 / (2 step), but for finite steps (E = c x^2 / 2 gets variance
-    T / c / (1 - c step / 2)), the cut where E is steep and walls that gather what would leave.
-    hook(x, e, g) is the x to go on from, e (B,) and g are energy and uncut gradient before it."""
+    Samples exp(-E / T), T = noise^2 / (2 step), with three errors: finite steps (E = c x^2 / 2 gets
+    variance T / c / (1 - c step / 2)), the clamp of steep gradients, pixels piling up at 0 and 1.
+    hook(x, e, g) returns the next x; e (B,), g: energy and unclamped gradient before the step."""
     for _ in range(steps):
         z = torch.randn(x.shape, generator=generator, device=x.device)
         with torch.enable_grad():
@@ -110,20 +109,20 @@ class Buffer(nn.Module):
         x = dequantise(self.chains[slots], generator)
         anew = torch.rand(count, *[1] * (x.dim() - 1), **kind) < fresh
         return slots, torch.where(anew, torch.rand(x.shape, **kind), x)
-    def write(self, slots, x, good):  # to where the chains came from, unless good () is False
+    def write(self, slots, x, good):  # to where the chains came from, unless good is False
         self.chains[slots] = torch.where(good, quantise(x), self.chains[slots])
 # ----------------------------------------------------------------------------------------- guards
 def step_is_good(gap, norm, recent):
-    """Flag () on the device: gap and norm are finite, |gap| <= max(1, 5 medians of `recent`)."""
+    """0-dim bool, on the device: gap, norm are finite, |gap| <= max(1, 5 medians of |recent|)."""
     limit = (5 * recent.abs().nanmedian()).nan_to_num(0).clamp(min=1)
     return gap.isfinite() & norm.isfinite() & (gap.abs() <= limit)
-def trouble(net, skipped, last):
+def trouble(net, skipped, steps, last):
     """Why the last saved state should come back with half the learning rate, or ""."""
     reasons = {
         "weights not finite": not all(p.isfinite().all() for p in net.parameters()),
-        f"{skipped:.0f} steps skipped": skipped >= 50,
+        f"{skipped:.0f} steps skipped": skipped >= min(50, steps),
         "energies above 10": max(abs(last[key]) for key in TERMS[:2]) > 10,
-        "chains black and white": last["saturated"] > max(0.5, 3 * last["data saturated"])}
+        "chains black and white": last["saturated"] > (1 + last["data saturated"]) / 2}
     return ", ".join(reason for reason, true in reasons.items() if true)
 # ----------------------------------------------------------------------------------- bookkeeping
 def die(message):
@@ -172,7 +171,7 @@ def write_log(rows, folder):
     plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
 # ------------------------------------------------------------------------------------------ train
 TERMS = ("E data", "E chains", "E start", "gap", "penalty", "gradient", "clamped", "saturated",
-         "score", "data saturated", "skipped")
+         "score", "data saturated", "skipped")  # E start: before the K steps; saturated: at 0 or 1
 def build(args, device):
     torch.manual_seed(args.seed)
     net = EnergyNet(args.amp, args.width, args.mults, args.blocks)
@@ -186,7 +185,7 @@ def train(args, state, device, out):
     if not steps:
         die(f"{len(images)} training images do not fill a batch: lower --batch-size")
     total, step, seconds, rows, failures = args.epochs * steps, 0, 0.0, [], 0
-    warm = int(args.warm_up * total)  # steps without chains
+    warm = state["warm"] if state else int(args.warm_up * total)  # steps without chains
     net, g = build(args, device), torch.Generator(device).manual_seed(args.seed)
     ema = copy.deepcopy(net).requires_grad_(False)
     buffer = Buffer(max(args.buffer, size), images.shape[1:], g, device)
@@ -199,9 +198,9 @@ def train(args, state, device, out):
     if state:
         step, seconds, rows, failures = (state[k] for k in ("step", "seconds", "rows", "failures"))
         go_to(state)
-        g.set_state(state["random"])
+        len(g.get_state()) == len(state["random"]) and g.set_state(state["random"])  # same device
         log[: len(state["log"])] = state["log"].to(device)
-    for part in (net, ema) if args.compile else ():  # but not net.forward, which is derived twice
+    for part in (net, ema) if args.compile else ():  # but not net.forward, differentiated twice
         part.compile()
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
           f", step {step} of {total} on {device}{', bf16' * args.amp}")
@@ -210,7 +209,7 @@ def train(args, state, device, out):
         save_checkpoint(out / "checkpoint.pt", {
             "args": {key: getattr(args, key) for key in KEPT}, "rows": rows,
             "epoch": step // steps, "step": step, "seconds": seconds, "random": g.get_state(),
-            "log": log, "failures": failures,
+            "log": log, "failures": failures, "warm": warm,
             **{key: part.state_dict() for key, part in parts.items()}})
     state or save()  # that there is one to go back to
     stop = []  # why, once there is a reason; a second Ctrl-C does not wait for the end of the step
@@ -232,7 +231,7 @@ def train(args, state, device, out):
             if step >= warm:
                 chains = sample(args, net.requires_grad_(False), chains, g, args.steps,
                                 lambda x, e, g, seen=seen: seen.append((e, g.abs())) or x)
-                net.requires_grad_(True)  # off above, or compiled steps work out its gradients
+                net.requires_grad_(True)  # off above: chains need no gradients of weights
                 gap, penalty, plus, minus = contrastive_divergence(net, data, chains, args.penalty)
                 e, slope = map(torch.stack, zip(*seen, strict=True))  # (K, B), (K, B, 3, H, W)
                 terms = plus, minus, e[0], gap, penalty, slope, slope > args.clamp, chains % 1 == 0
@@ -256,7 +255,7 @@ def train(args, state, device, out):
                 stop.append("time limit")
             if now - shown > 1 or stop or step % steps == 0:  # the only wait for the device
                 last = dict(zip(TERMS, log[i].tolist(), strict=True))
-                if why := trouble(net, log[since % steps : i + 1, -1].sum().item(), last):
+                if why := trouble(net, log[since % steps : i + 1, -1].sum().item(), steps, last):
                     failures, since = failures + 1, step
                     if failures == 3:
                         raise FloatingPointError(f"diverged three times, at step {step} too ({why})"
@@ -343,8 +342,9 @@ def apply(args, state, device, out):
         return -10 * (rows[:, 1:] - rows[:, :1]).square().mean((2, 3, 4)).log10().mean(0)
     if args.inpaint:
         known = nn.functional.pad(torch.zeros(16, 16, device=device), [8] * 4, value=1).bool()
-        x = torch.rand(truth.shape, generator=g, device=device)
-        x = sample(args, net, x, g, args.chain, lambda x, e, g: torch.where(known, truth, x))
+        x = sample(args, net, torch.rand(truth.shape, generator=g, device=device), g, args.chain,
+                   lambda x, *_: torch.where(known, truth + args.smooth * torch.randn_like(x), x))
+        x = torch.where(known, truth, langevin(net, x, 1, tweedie(args), 0))
         save(torch.where(known, truth, 0), x, "inpaint.png")
     if args.denoise:
         x = truth + 0.1 * torch.randn(truth.shape, generator=g, device=device)
@@ -440,7 +440,7 @@ def main(argv=None):
     try:
         (apply if use else train)(args, state, device, Path(args.out))
     except OSError as error:
-        die(f"{error}; what was there before is kept: make room, then --resume")
+        die(f"{error}; what was there before is kept: mend that, then --resume")
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         die(error)
     except KeyboardInterrupt:

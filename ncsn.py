@@ -289,7 +289,7 @@ def train(args, state, device, out):
         step, seconds, rows = state["step"], state["seconds"], state["rows"]
         for key, part in parts.items():
             part.load_state_dict(state[key])
-        g.set_state(state["random"])
+        len(g.get_state()) == len(state["random"]) and g.set_state(state["random"])  # same device
         losses[: len(state["losses"])] = state["losses"].to(device)
     if args.compile:
         net.F, ema.F = torch.compile(net.F), torch.compile(ema.F)
@@ -490,7 +490,7 @@ def main(argv=None):
     try:
         (apply if use else train)(args, state, device, Path(args.out))
     except OSError as error:
-        die(f"{error}; what was there before is kept: make room, then --resume")
+        die(f"{error}; what was there before is kept: mend that, then --resume")
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         die(error)
     except KeyboardInterrupt:

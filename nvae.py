@@ -22,7 +22,6 @@ are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016,
     python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000 --temperature 0.7          PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
-    python nvae.py --width 128 --groups 30 --cells 2 --flows 2 --epochs 400 --kl-warmup 120    paper
 Not as in the paper: one width at all latent scales, z added to h, all priors learned, flows that
 scale, P(v) exact also at byte 254 and far from m, EMA, no weight decay, one power iteration a step.
 Notation: B batch, C channels, H W pixels, G groups, n latents, M mixtures; x is (B, 3, 32, 32)."""
@@ -39,6 +38,7 @@ norm = nn.BatchNorm2d  # its statistics come from calibrated(), as the EMA has n
 class Cell(nn.Module):
     """Residual cell, (B, cin, H, W) -> (B, cout, H', W'), gated by squeeze and excitation: each
     channel is multiplied by a number in (0, 1) that depends on the means of all channels."""
+    scale = 0.1  # of what it adds
     def __init__(self, cout, skip, *body):
         super().__init__()
         self.skip, self.body, hidden = skip, nn.Sequential(*body), max(cout // 16, 4)
@@ -46,7 +46,7 @@ class Cell(nn.Module):
             nn.Linear(cout, hidden), nn.ReLU(), nn.Linear(hidden, cout), nn.Sigmoid())
     def forward(self, x):
         h = self.body(x)
-        return self.skip(x) + 0.1 * h * self.gate(h.mean((2, 3)))[:, :, None, None]
+        return self.skip(x) + self.scale * h * self.gate(h.mean((2, 3)))[:, :, None, None]
 def encoder_cell(cin, cout, down=False):
     """Figure 3b; down: to half of H and W."""
     halve = nn.Sequential(nn.SiLU(), nn.Conv2d(cin, cout, 2, stride=2))
@@ -99,10 +99,10 @@ def normal(parameters, temperature=1.0):
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return mu, temperature * (log_sigma.exp() + 0.01)
 class NVAE(nn.Module):
-    """groups: of latents at 16x16, 8x8, ...; width: channels at 32x32, twice as many elsewhere;
-    cells: residual cells each way a group; outer: those at 32x32; latents: n."""
-    def __init__(self, width=64, groups=(12, 8), cells=1, outer=2, expand=6, flows=0, amp=False,
-                 latents=20):
+    """groups: of n latents at 16x16, 8x8, ...; width: channels at 32x32, twice as many elsewhere;
+    cells each way a group; outer: cells at 32x32; residual: what cells add is multiplied by it."""
+    def __init__(self, width=64, groups=(12, 8), cells=1, outer=2, expand=6, flows=0, residual=0.1,
+                 amp=False, latents=20):
         super().__init__()
         self.amp, self.scales, c, wide = amp, groups, 2 * width, max(1, expand // 2)
         places = [scale for scale, count in enumerate(groups) for _ in range(count)]
@@ -123,6 +123,8 @@ class NVAE(nn.Module):
         more = [decoder_cell(width, width, wide) for _ in range(outer - 1)]
         self.after = nn.Sequential(*up, decoder_cell(c, width, wide, up=True), *more, nn.ELU(),
                                    nn.Conv2d(width, 100, 3, padding=1))
+        for cell in (part for part in self.modules() if isinstance(part, Cell)):
+            cell.scale = residual
     def bottom_up(self, x):
         """x (B, 3, 32, 32) in [-1, 1] -> what each group may know of it, a list (B, C, H, W)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
@@ -204,8 +206,7 @@ class Spectral(nn.Module):
         for w in (layer.weight for layer in layers if isinstance(layer, nn.Conv2d)):
             self.stacks.setdefault(f"{len(w)}x{w[0].numel()}", []).append(w)
         for shape, stack in self.stacks.items():
-            u = torch.randn(len(stack), len(stack[0]), 1).to(stack[0].device)
-            self.register_buffer(shape, normalize(u, dim=1))
+            self.register_buffer(shape, stack[0].new_empty(len(stack), len(stack[0]), 1).normal_())
         self(iterations)
     def forward(self, iterations=1):
         total = sum(g.abs().max() for g in self.factors)
@@ -276,7 +277,6 @@ def update_ema(ema, net, step, half_life):
     """Average the weights, half-life in steps; in a young run, of 8 % of the steps so far."""
     decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
 def save_checkpoint(path, state):
     """A dict of tensors and plain values, written whole or not at all; OSError if it cannot be."""
     partial, whole = path.with_suffix(".tmp"), io.BytesIO()
@@ -295,7 +295,6 @@ def load_checkpoint(path):
     except Exception as error:  # missing, damaged or another model's: of many types
         die(f"no {NAME} checkpoint in {path} ({type(error).__name__}: {str(error)[:80]!r}): train "
             "first, or name the folder of a run with --out")
-
 def plot(path, x, lines, **axis):
     """lines {name: values} over x as a PNG file."""
     from matplotlib.figure import Figure
@@ -313,14 +312,14 @@ def write_log(rows, folder):
 TERMS = "train loss", "reconstruction", "kl", "regulariser"  # the first: sum of the next two
 def build(args, device):
     torch.manual_seed(args.seed)
-    net = NVAE(args.width, args.groups, args.cells, args.outer, args.expand, args.flows, args.amp)
+    net = NVAE(args.width, args.groups, args.cells, args.outer, args.expand, args.flows,
+               args.residual, args.amp)
     return net.to(device, memory_format=torch.channels_last)
 def measure(net, images):
     """-ln p(x|z) () and KL (G, n) of uint8 images, on average, in bits/dim, with fixed noise."""
     g = torch.Generator(images.device).manual_seed(0)
     parts = zip(*(elbo(net, scaled(x), g) for x in images.split(100)), strict=True)
     return [torch.cat(part).double().mean(0).cpu() / NATS for part in parts]
-
 def train(args, state, device, out):
     """Start, or go on from the checkpoint `state`."""
     from tqdm import tqdm
@@ -333,13 +332,13 @@ def train(args, state, device, out):
     net, g = build(args, device), torch.Generator(device).manual_seed(args.seed)
     ema, spectral = copy.deepcopy(net).requires_grad_(False), Spectral(net)
     losses = torch.zeros(steps, len(TERMS), device=device)  # of the current epoch, in bits/dim
-    optimizer = torch.optim.Adamax(net.parameters(), args.lr)
+    optimizer = torch.optim.Adamax(net.parameters(), args.lr, foreach=True)
     parts = {"net": net, "ema": ema, "optimizer": optimizer, "spectral": spectral}
     if state:
         step, seconds, rows = state["step"], state["seconds"], state["rows"]
         for key, part in parts.items():
             part.load_state_dict(state[key])
-        g.set_state(state["random"])
+        len(g.get_state()) == len(state["random"]) and g.set_state(state["random"])  # same device
         losses[: len(state["losses"])] = state["losses"].to(device)
     for cell in (part for part in net.modules() if args.compile and isinstance(part, Cell)):
         cell.compile()  # for all at once would be a very long program
@@ -397,7 +396,7 @@ def train(args, state, device, out):
             bar.write("  ".join(f"{key} {value:.5g}" for key, value in rows[-1].items()))
         if step == total or step % (steps * args.sample_every) == 0:
             fixed, t = torch.Generator(device).manual_seed(args.seed), args.temperature
-            x = sample(calibrated(ema, None, t), 64, t, fixed)
+            x = sample(calibrated(ema, None, t), 64, t, args.pixels, fixed)
             save_grid(x, out / f"samples_{step // steps:04d}.png")
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -407,10 +406,10 @@ def train(args, state, device, out):
         raise SystemExit(130 if stop[0] == "interrupted" else 0)
     draw_pictures(args, ema, images, test, out)
 # ------------------------------------------------------------------------------------------- uses
-def sample(net, count, temperature, g=None):
-    """uint8 images (count, 3, 32, 32) from a network calibrated for this temperature."""
+def sample(net, count, temperature, pixels=1.0, g=None):
+    """uint8 images (count, 3, 32, 32) from a network calibrated for this temperature of z."""
     logits, _ = net.top_down(noise(g, net.start.device), count, temperature=temperature)
-    return quantise(dmol_sample(logits, temperature, g))
+    return quantise(dmol_sample(logits, pixels, g))
 def draw_pictures(args, net, images, test, out):
     """Reconstructions, samples by temperature, and what each scale of latents holds."""
     from common import save_grid
@@ -425,10 +424,9 @@ def draw_pictures(args, net, images, test, out):
         logits, _ = seen.top_down(draw, 7, z=z)
         rows += [x[i:i + 1], quantise(dmol_mean(logits))]
     save_grid(torch.cat(rows), out / "scales.png")
-    rows = [sample(calibrated(net, None, t / 10), 8, t / 10, g.manual_seed(args.seed))
+    rows = [sample(calibrated(net, None, t / 10), 8, t / 10, args.pixels, g.manual_seed(args.seed))
             for t in (6, 7, 8, 9, 10)]
     save_grid(torch.cat(rows), out / "temperatures.png")
-
 def apply(args, state, device, out):
     """What --generate, --interpolate and --evaluate do with the trained weights."""
     from matplotlib.figure import Figure
@@ -438,7 +436,7 @@ def apply(args, state, device, out):
     g, t = torch.Generator(device).manual_seed(args.seed), args.temperature
     sampler = calibrated(net, None, t) if args.generate or args.interpolate else None
     for start in range(0, args.generate or 0, 256):
-        x = sample(sampler, min(256, args.generate - start), t, g)
+        x = sample(sampler, min(256, args.generate - start), t, args.pixels, g)
         export(x, out / "generated", start)
         if start == 0:
             save_grid(x[:64], out / "generated.png")
@@ -466,8 +464,8 @@ def apply(args, state, device, out):
         print(f"IW bound, K = {args.iw}: {bits.mean():.4f} bits/dim, of {len(few)} test images "
               f"whose ELBO is {sum(part.sum() for part in measure(seen, few)):.4f}")
 # -------------------------------------------------------------------------------------------- CLI
-KEPT = ["width", "groups", "cells", "outer", "expand", "flows", "data", "subset", "batch_size",
-        "epochs", "lr", "ema", "seed", "sample_every", "kl_warmup", "spectral", "temperature"]
+KEPT = """width groups cells outer expand flows residual data subset batch_size epochs lr ema seed
+    sample_every kl_warmup spectral temperature pixels""".split()
 def parse(argv=None):
     """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
     parser = argparse.ArgumentParser(
@@ -505,9 +503,11 @@ def parse(argv=None):
     flag("--outer", 2, "residual cells each way at 32x32")
     flag("--expand", 6, "channels of depthwise convolutions, in units of the others'")
     flag("--flows", 0, "inverse autoregressive flows a group; 0 by default")
+    flag("--residual", 0.1, "scale of what a cell adds; more for a shallow network")
     flag("--kl-warmup", 2.0, "epochs in which the weight of the KL rises to 1")
     flag("--spectral", 1e-2, "weight lambda of the regulariser")
-    flag("--temperature", 0.7, "of samples: 1 is the model's own, less is safer and duller")
+    flag("--temperature", 0.7, "of latents: 1 is the model's own, less is safer and duller")
+    flag("--pixels", 0.7, "temperature of pixels given the latents: less is smoother")
     flag("--interpolate", False, "only draw the ways between samples", **tick)
     flag("--iw", 20, "draws of z for the importance-weighted bound of --evaluate", metavar="K")
     flag("--iw-images", 1000, "test images of that bound")
@@ -518,7 +518,7 @@ def parse(argv=None):
         state = load_checkpoint(path)
         parser.set_defaults(**state["args"])
         args = parser.parse_args(argv)
-        for key in KEPT[: 6 if use else 9]:
+        for key in KEPT[: 7 if use else 10]:
             if getattr(args, key) != state["args"][key]:
                 name = key.replace("_", "-")
                 die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
@@ -540,7 +540,7 @@ def main(argv=None):
     try:
         (apply if use else train)(args, state, device, Path(args.out))
     except OSError as error:
-        die(f"{error}; what was there before is kept: make room, then --resume")
+        die(f"{error}; what was there before is kept: mend that, then --resume")
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         die(error)
     except KeyboardInterrupt:

@@ -299,18 +299,22 @@ def last(**changed):
 @pytest.mark.parametrize("changed, skipped, named", [
     ({}, 49, ""), ({}, 50, "50 steps"), ({"E_data": -10.1}, 0, "energ"), ({"E_data": 9.9}, 0, ""),
     ({"E_chains": 11.0}, 0, "energ"), ({"E_chains": -9.9}, 0, ""),
-    ({"saturated": 0.51}, 0, "black"), ({"saturated": 0.49}, 0, ""),
-    ({"saturated": 0.89, "data_saturated": 0.3}, 0, ""),
-    ({"saturated": 0.91, "data_saturated": 0.3}, 0, "black")])
+    ({"saturated": 0.56}, 0, "black"), ({"saturated": 0.54}, 0, ""),
+    ({"saturated": 0.79, "data_saturated": 0.6}, 0, ""),
+    ({"saturated": 0.81, "data_saturated": 0.6}, 0, "black")])
 def test_what_counts_as_trouble(changed, skipped, named):
-    text = ebm.trouble(network(), skipped, last(**changed))
+    text = ebm.trouble(network(), skipped, 1000, last(**changed))
     assert named in text and bool(text) == bool(named)
+
+def test_an_epoch_of_bad_steps_is_trouble_however_short():
+    assert "20 steps" in ebm.trouble(network(), 20, 20, last())
+    assert not ebm.trouble(network(), 19, 20, last())
 
 def test_weights_that_are_not_finite_are_trouble():
     net = network()
     with torch.no_grad():
         net.head.bias[0] = math.nan
-    assert "not finite" in ebm.trouble(net, 0, last())
+    assert "not finite" in ebm.trouble(net, 0, 1000, last())
 
 # ---- the network ----
 def stretch(net):  # largest singular value of each convolution

@@ -426,12 +426,16 @@ def test_evaluation_is_unchanged_by_having_sampled():
     net, x = network(), images(120)
     loss = bound(nvae.calibrated(net, x), x)
     sampler = nvae.calibrated(net, None, 0.7, calls=3)
-    one = nvae.sample(sampler, 4, 0.7, gen())
+    one = nvae.sample(sampler, 4, 0.7, g=gen())
     assert bound(nvae.calibrated(net, x), x) == loss
-    assert torch.equal(nvae.sample(nvae.calibrated(net, None, 0.7, calls=3), 4, 0.7, gen()), one)
+    assert torch.equal(nvae.sample(nvae.calibrated(net, None, 0.7, calls=3), 4, 0.7, g=gen()), one)
     assert bound(net, x) != loss  # statistics do matter
     warm = nvae.calibrated(net, None, 1.0, calls=3)
-    assert not torch.equal(nvae.sample(warm, 4, 0.7, gen()), one)
+    assert not torch.equal(nvae.sample(warm, 4, 0.7, g=gen()), one)
+    pixels = nvae.sample(sampler, 4, 0.7, 0.1, gen())  # the same latents, pixels drawn closer
+    logits, _ = sampler.top_down(nvae.noise(gen()), 4, temperature=0.7)
+    middle = nvae.quantise(nvae.dmol_sample(logits, 1e-3, gen())).float()
+    assert (pixels - middle).abs().mean() < 0.5 * (one - middle).abs().mean()
 
 def test_statistics_fit_averaged_weights():
     """Train-mode and calibrated bits/dim agree; with those of other weights they do not."""
@@ -450,6 +454,14 @@ def test_sizes_of_the_networks():
     assert 10.5e6 < count(default) < 13.5e6
     assert 120e6 < count(paper) < 136e6 and len(paper.groups) == 30
     assert paper.start.shape == (1, 256, 16, 16)
+
+def test_what_cells_add_is_scaled():
+    for residual in 0.1, 0.7:
+        cell = network(fresh=True, residual=residual).encoder[0][0].eval()
+        x = torch.randn(1, len(cell.body[0].weight), 4, 4, generator=gen())
+        h = cell.body(x)
+        due = cell.skip(x) + residual * h * cell.gate(h.mean((2, 3)))[:, :, None, None]
+        assert torch.allclose(cell(x), due) and not torch.allclose(cell(x), cell.skip(x), atol=0.01)
 
 @pytest.mark.parametrize("size", [16, 256])
 def test_a_step_lowers_the_loss(size):

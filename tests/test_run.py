@@ -21,13 +21,14 @@ TINY = {"ncsn": "--width 8 --mults 1,2 --blocks 1",
         "nvae": "--width 4 --groups 1,2 --outer 1 --expand 1",
         "ebm": "--width 4 --mults 1,2 --blocks 1 --steps 2 --chain 3 --buffer 40 --warm-up 0.2"}
 OTHER_SIZE = {"ncsn": ["--width 12", "--mults 1", "--blocks 2"], "nvae": [
-    "--width 8", "--groups 2,1", "--cells 2", "--outer 2", "--expand 2", "--flows 1"],
+    "--width 8", "--groups 2,1", "--cells 2", "--outer 2", "--expand 2", "--flows 1",
+    "--residual 1"],
     "ebm": ["--width 12", "--mults 1", "--blocks 2"]}
 PICTURES = {"ncsn": {"stages.png", "nearest.png"},  # at the end of training
             "nvae": {"reconstructions.png", "temperatures.png", "scales.png"},
             "ebm": {"energies.png", "chains.png"}}
 SAMPLERS = {"ncsn": ["--sampler langevin", "--sampler consistent", "--sampler heun"],
-            "nvae": ["--temperature 0.7", "--temperature 1.0"],
+            "nvae": ["--temperature 0.7", "--temperature 1.0", "--pixels 0.2"],
             "ebm": ["--chain 3", "--chain 4", "--noise 0.1", "--step-size 100"]}
 MEASURES = {  # flags, and what is printed how often
     "ncsn": ("--bits-images 3", [
@@ -230,6 +231,13 @@ def test_resuming_is_exact(run, whole, limit, stops):
     assert differences(load(whole[1]), load("r")) == []
     assert differences(log(whole[1]), log("r")) == [] and len(log("r")) == 2
     assert files(whole[1])["samples_0002.png"] == files("r")["samples_0002.png"]
+
+def test_another_kind_of_device_can_go_on(run, trained):
+    """Its generator has a state of another length, so that noise starts anew."""
+    state = load("r")
+    torch.save({**state, "random": state["random"][:16]}, "r/checkpoint.pt")
+    assert run("--resume --epochs 3 --out r") == 0 and load("r")["step"] == 3 * STEPS
+    assert len(load("r")["random"]) == len(state["random"])
 
 @pytest.mark.parametrize("why, status", [("time limit", 0), ("interrupted", 130)])
 def test_a_stopped_run_is_saved_and_says_how_to_go_on(run, capfd, why, status):
@@ -527,6 +535,12 @@ def test_chains_begin_after_the_warm_up_and_energies_are_centred_in_it(run, monk
     assert load("r0")["log"][:, :8].isnan().all()  # no zeros that a mean would take for values
 
 @ebm_only
+def test_more_epochs_bring_no_second_warm_up(run):
+    assert run.train("--epochs 2 --warm-up 0.5 --out r") == 0
+    assert run("--resume --epochs 6 --out r") == 0 and load("r")["warm"] == STEPS
+    assert all(float(row["gap"]) for row in log("r")[1:])
+
+@ebm_only
 def test_the_monitors_are_means_over_the_chains(run, monkeypatch):
     real, seen = run.module.langevin, []
     def langevin(net, x, steps, step, noise, clamp=math.inf, g=None, hook=None):
@@ -539,7 +553,8 @@ def test_the_monitors_are_means_over_the_chains(run, monkeypatch):
                          ((x == 0) | (x == 1)).float().mean().item()])
         return x
     monkeypatch.setattr(run.module, "langevin", langevin)
-    assert run.train("--epochs 1 --warm-up 0 --steps 3 --clamp 1e-5 --noise 0.3 --lr 0.03 --out r") == 0
+    flags = "--epochs 1 --warm-up 0 --steps 3 --clamp 1e-5 --noise 0.3 --lr 0.03"
+    assert run.train(f"{flags} --out r") == 0
     row, names = log("r")[0], ["E start", "gradient", "clamped", "saturated"]
     due = torch.tensor(seen).mean(0).tolist()
     assert len(seen) == STEPS and all(due) and due[2] < 1
