@@ -362,7 +362,7 @@ def apply(args, state, device, out):
         lines = {k: (e[k].histc(50, low, high) / len(e[k])).tolist() for k in [*sets][:3]}
         plot(out / "histogram.png", torch.linspace(low, high, 101)[1::2], lines, xlabel="energy")
 # -------------------------------------------------------------------------------------------- CLI
-KEPT = """width mults blocks data subset batch_size buffer epochs lr ema seed sample_every
+KEPT = """width mults blocks data subset batch_size buffer seed epochs lr ema sample_every
     warm_up steps step_size noise clamp chain fresh penalty smooth""".split()
 def parse(argv=None):
     """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
@@ -413,12 +413,12 @@ def parse(argv=None):
     flag("--ood", "shapes", "other images for --evaluate, like --data")
     args, state = parser.parse_args(argv), None
     path = Path(args.out) / "checkpoint.pt"
-    use = args.generate or args.evaluate or args.inpaint or args.denoise
+    use = args.generate is not None or args.evaluate or args.inpaint or args.denoise
     if use or args.resume:
         state = load_checkpoint(path)
         parser.set_defaults(**state["args"])
         args = parser.parse_args(argv)
-        for key in KEPT[: 3 if use else 7]:
+        for key in KEPT[: 3 if use else 8]:
             if getattr(args, key) != state["args"][key]:
                 name = key.replace("_", "-")
                 die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
@@ -431,12 +431,12 @@ def parse(argv=None):
     if len(args.mults) > 6 or min(args.mults) < 1:
         die("--mults takes one to six numbers above 0")
     return args, state, use
-
 def main(argv=None):
     args, state, use = parse(argv)
     device, gpu = torch.device(args.device), args.device != "cpu"
     args.compile = gpu if args.compile is None else args.compile
-    args.amp = gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() if args.amp is None else args.amp
+    bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # bool() is False
+    args.amp = gpu or bf16() if args.amp is None else args.amp
     try:
         (apply if use else train)(args, state, device, Path(args.out))
     except OSError as error:

@@ -325,11 +325,12 @@ def train(args, state, device, out):
             if args.time_limit is not None and now - begin > 60 * args.time_limit:
                 stop.append("time limit")
             if now - shown > 1 or stop or step % steps == 0:  # the only wait for the device
+                losses[(step - 1) % steps] += 0 * sum(p.sum() for p in ema.parameters())  # or nan
                 bad = (~losses[: (step - 1) % steps + 1].isfinite()).nonzero().flatten().tolist()
                 if bad:
                     raise FloatingPointError(
-                        f"denoising loss not finite at step {(step - 1) // steps * steps + bad[0]}"
-                        f"; {out} is as before: --resume or start anew with --lr {args.lr / 3:.1g}")
+                        f"loss not finite at step {(step - 1) // steps * steps + bad[0]}; {out} is "
+                        f"as before: --resume or, elsewhere, start with --lr {args.lr / 3:.1g}")
                 bar.set_postfix(loss=f"{loss.item():.3f}", epoch=f"{step / steps:.1f}")
                 shown = now
             if stop:
@@ -363,7 +364,6 @@ def sample(args, net, z, g=None, sampler=None, **hook):
                           "heun": (heun, heun_levels(net.sigma_max))}[sampler or args.sampler]
     bar = tqdm(levels.to(z.device), desc=run.__name__, unit="level", leave=False, disable=None)
     return run(net.score, net.sigma_max * z, bar, *rest, **hook)
-
 def draw_stages_and_nearest(args, net, images, out):
     """Eight chains, a row a stage; their ends, each beside its seven nearest images (by L2)."""
     from common import save_grid
@@ -419,8 +419,8 @@ def apply(args, state, device, out):
         print(f"bits/dim {bits.mean():.3f}, standard error {bits.std() / len(bits) ** 0.5:.3f}, "
               f"of {len(bits)} test images")
 # -------------------------------------------------------------------------------------------- CLI
-KEPT = ["width", "mults", "blocks", "data", "subset", "batch_size",  # fixed by a checkpoint,
-        "epochs", "lr", "ema", "seed", "focus", "sample_every"]  # remembered by it
+KEPT = ["width", "mults", "blocks", "data", "subset", "batch_size", "seed",  # fixed by a
+        "epochs", "lr", "ema", "focus", "sample_every"]  # checkpoint; remembered by it
 def parse(argv=None):
     """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
     parser = argparse.ArgumentParser(
@@ -463,12 +463,12 @@ def parse(argv=None):
     flag("--bits-images", 100, "test images whose bits/dim --evaluate measures")
     args, state = parser.parse_args(argv), None
     path = Path(args.out) / "checkpoint.pt"
-    use = args.generate or args.evaluate or args.inpaint or args.interpolate
+    use = args.generate is not None or args.evaluate or args.inpaint or args.interpolate
     if use or args.resume:
         state = load_checkpoint(path)
         parser.set_defaults(**state["args"])
         args = parser.parse_args(argv)
-        for key in KEPT[: 3 if use else 6]:
+        for key in KEPT[: 3 if use else 7]:
             if getattr(args, key) != state["args"][key]:
                 name = key.replace("_", "-")
                 die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
@@ -481,12 +481,12 @@ def parse(argv=None):
     if args.width % 4 or min(args.mults) < 1 or len(args.mults) > 6:
         die("--width takes a multiple of 4, --mults takes up to 6 numbers above 0")
     return args, state, use
-
 def main(argv=None):
     args, state, use = parse(argv)
     device, gpu = torch.device(args.device), args.device != "cpu"
     args.compile = gpu if args.compile is None else args.compile
-    args.amp = gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() if args.amp is None else args.amp
+    bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # bool() is False
+    args.amp = gpu or bf16() if args.amp is None else args.amp
     try:
         (apply if use else train)(args, state, device, Path(args.out))
     except OSError as error:

@@ -5,16 +5,16 @@ q(z|x) guesses the z behind an x; both learn by raising a lower bound of ln p(x)
 (2020, arXiv:2007.03898) cut z into groups z_1 ... z_G, maps at several scales from coarse to fine:
     p(z) = prod_i p(z_i | z_<i)                     q(z|x) = prod_i q(z_i | z_<i, x)
 An encoder goes bottom-up over x and keeps a feature map for each group. One top-down path serves
-training and sampling: it starts in a learned tensor h; group i puts h through residual cells, reads
+training and sampling: from a learned tensor h on, group i puts h through cells (if i > 1), reads
 p(z_i | z_<i) = N(mu, sigma^2) off h, takes z_i, from q where there is an image and else from p, and
 adds it to h, which after the last group gives p(x|z). q is relative to p (section 3.2): the encoder
-adds to mu and ln sigma of p, before mu = 5 tanh(mu / 5), sigma = exp(5 tanh(ln sigma / 5)) + .01.
+adds to mu and ln sigma of p; then mu <- 5 tanh(mu / 5), sigma <- exp(5 tanh(ln sigma / 5)) + .01.
 The loss, in nats an image, is minus the bound and a price on steep functions of x and z:
     loss = -ln p(x|z) + beta sum_i gamma_i KL(q(z_i | z_<i, x) || p(z_i | z_<i)) + lambda R,  z ~ q
 beta rises to 1 in the first --kl-warmup epochs; meanwhile gamma_i, growing with KL_i, shares
 the burden among groups (appendix A), afterwards gamma = 1. R sums the largest singular values of
-all convolutions and the largest BatchNorm factors. p(x|z) mixes M = 10 discretised logistics, mean
-m and scale s (Salimans et al. 2017, arXiv:1701.05517): a colour's byte v, x = v / 127.5 - 1, has
+all convolutions and the largest BatchNorm factors. A pixel has sum_k w_k prod_colours P_k(v), over
+M = 10 discretised logistics (arXiv:1701.05517), mean m, scale s; for byte v, x = v / 127.5 - 1,
     P(v) = S((x - m + 1/255) / s) - S((x - m - 1/255) / s),     S(a) = 1 / (1 + exp(-a))
 where m is linear in the colours before; bytes 0 and 255 take the tails besides. Bits per dimension
 are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016, arXiv:1509.00519):
@@ -22,8 +22,7 @@ are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016,
     python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000 --temperature 0.7          PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
-Not as in the paper: one width at all latent scales, z added to h, all priors learned, flows that
-scale, P(v) exact also at byte 254 and far from m, EMA, no weight decay, one power iteration a step.
+Not as in the paper: one width at all scales, all priors learned, P(v) exact, EMA (README: more).
 Notation: B batch, C channels, H W pixels, G groups, n latents, M mixtures; x is (B, 3, 32, 32)."""
 import argparse, copy, io, math, os, signal, sys, time
 from itertools import accumulate, pairwise, product
@@ -104,7 +103,7 @@ class NVAE(nn.Module):
     def __init__(self, width=64, groups=(12, 8), cells=1, outer=2, expand=6, flows=0, residual=0.1,
                  amp=False, latents=20):
         super().__init__()
-        self.amp, self.scales, c, wide = amp, groups, 2 * width, max(1, expand // 2)
+        self.amp, self.scales, c, less = amp, groups, 2 * width, max(1, expand // 2)
         places = [scale for scale, count in enumerate(groups) for _ in range(count)]
         more = [encoder_cell(width, width) for _ in range(outer - 1)]
         self.before = nn.Sequential(
@@ -120,8 +119,8 @@ class NVAE(nn.Module):
             self.groups.append(Group(more, c, latents, flows))
         self.register_buffer("alpha", torch.tensor([4.0**-s / groups[s] for s in places[::-1]]))
         up = [decoder_cell(c, c, expand, up=True) for _ in range(places[0])]
-        more = [decoder_cell(width, width, wide) for _ in range(outer - 1)]
-        self.after = nn.Sequential(*up, decoder_cell(c, width, wide, up=True), *more, nn.ELU(),
+        more = [decoder_cell(width, width, less) for _ in range(outer - 1)]
+        self.after = nn.Sequential(*up, decoder_cell(c, width, less, up=True), *more, nn.ELU(),
                                    nn.Conv2d(width, 100, 3, padding=1))
         for cell in (part for part in self.modules() if isinstance(part, Cell)):
             cell.scale = residual
@@ -165,8 +164,8 @@ def mixture(logits):
     return weights, means, log_s.clamp(min=-7), torch.tanh(c)
 def dmol_log_prob(logits, x):
     """ln p(x|z) (B,) of x (B, 3, H, W) in [-1, 1], one of the 256 values of scaled().
-    S(a) - S(b) = S(a) S(-b) (1 - exp(b - a)) is exact however far x is from m. The lowest bin has
-    no lower edge, which leaves S(a) of it, and the highest no upper edge, which leaves S(-b)."""
+    S(a) - S(b) = S(a) S(-b) (1 - exp(b - a)), a, b = (x - m +- 1/255) / s, is exact far from m too.
+    Byte 0 has no lower edge, which leaves S(a), and 255 no upper edge, which leaves S(-b)."""
     weights, means, log_s, c = mixture(logits)
     x, inverse = x[:, :, None], torch.exp(-log_s)  # (B, 3, 1, H, W)
     shift = [torch.zeros_like(c[:, 0]), c[:, 0] * x[:, 0], c[:, 1] * x[:, 0] + c[:, 2] * x[:, 1]]
@@ -192,13 +191,13 @@ def elbo(net, x, generator=None):
     return -dmol_log_prob(logits, x), torch.stack([term.sum((2, 3)) for term in kl], dim=1)
 def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i mean KL_i of kl (B, G). While beta < 1, gamma_i grows with KL_i / alpha_i,
-    alpha_i = pixels / groups of its scale: who tells more pays more, so none falls silent."""
+    alpha_i ~ pixels / groups of its scale, mean gamma 1: a nat is cheap where few are used yet."""
     gamma = (kl.detach().abs().mean(0) + 0.01) / alpha
     gamma = gamma / gamma.mean() if beta < 1 else torch.ones_like(gamma)
     return beta * (gamma * kl.mean(0)).sum()
 class Spectral(nn.Module):
     """R = sum s(W) + sum max |g| over convolutions W, as matrices (C_out, rest), stacked by shape,
-    and BatchNorms' factors g. The vectors u of s = u . W v have no gradient and last over steps."""
+    and BatchNorms' factors g. Power iteration, v ~ W'u, u ~ W v, gives s = u . W v; u is kept."""
     def __init__(self, net, iterations=40):
         super().__init__()
         self.stacks, layers = {}, list(net.modules())
@@ -374,13 +373,14 @@ def train(args, state, device, out):
             if args.time_limit is not None and now - begin > 60 * args.time_limit:
                 stop.append("time limit")
             if now - shown > 1 or stop or step % steps == 0:  # the only wait for the device
+                losses[(step - 1) % steps] += 0 * sum(p.sum() for p in ema.parameters())  # or nan
                 done = losses[: (step - 1) % steps + 1]
                 bad = (~done.isfinite().all(1)).nonzero().flatten().tolist()
                 if bad:
                     raise FloatingPointError(
                         f"loss not finite at step {(step - 1) // steps * steps + bad[0]} ("
                         f"{', '.join(TERMS[1:])}: {done[bad[0], 1:].tolist()} bits/dim); {out} is "
-                        f"as before: --resume or start anew with --lr {args.lr / 3:.1g}")
+                        f"as before: --resume or, elsewhere, start with --lr {args.lr / 3:.1g}")
                 bar.set_postfix(loss=f"{done[-1, 0]:.3f}", epoch=f"{step / steps:.1f}")
                 shown = now
             if stop:
@@ -464,7 +464,7 @@ def apply(args, state, device, out):
         print(f"IW bound, K = {args.iw}: {bits.mean():.4f} bits/dim, of {len(few)} test images "
               f"whose ELBO is {sum(part.sum() for part in measure(seen, few)):.4f}")
 # -------------------------------------------------------------------------------------------- CLI
-KEPT = """width groups cells outer expand flows residual data subset batch_size epochs lr ema seed
+KEPT = """width groups cells outer expand flows residual data subset batch_size seed epochs lr ema
     sample_every kl_warmup spectral temperature pixels""".split()
 def parse(argv=None):
     """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
@@ -513,12 +513,12 @@ def parse(argv=None):
     flag("--iw-images", 1000, "test images of that bound")
     args, state = parser.parse_args(argv), None
     path = Path(args.out) / "checkpoint.pt"
-    use = args.generate or args.evaluate or args.interpolate
+    use = args.generate is not None or args.evaluate or args.interpolate
     if use or args.resume:
         state = load_checkpoint(path)
         parser.set_defaults(**state["args"])
         args = parser.parse_args(argv)
-        for key in KEPT[: 7 if use else 10]:
+        for key in KEPT[: 7 if use else 11]:
             if getattr(args, key) != state["args"][key]:
                 name = key.replace("_", "-")
                 die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
@@ -531,12 +531,12 @@ def parse(argv=None):
     if not 1 <= len(args.groups) <= 4 or min(args.groups) < 0 or not any(args.groups):
         die("--groups takes one to four numbers, 0 for a scale without latents, not all of them 0")
     return args, state, use
-
 def main(argv=None):
     args, state, use = parse(argv)
     device, gpu = torch.device(args.device), args.device != "cpu"
     args.compile = gpu if args.compile is None else args.compile
-    args.amp = gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() if args.amp is None else args.amp
+    bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # bool() is False
+    args.amp = gpu or bf16() if args.amp is None else args.amp
     try:
         (apply if use else train)(args, state, device, Path(args.out))
     except OSError as error:

@@ -296,7 +296,16 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run, trained, dies, th
     before = files(trained)
     run.at = {6: lambda: math.nan, 7: then}  # that rate makes all weights and the next loss nan
     line = dies(run.main, "--resume --epochs 3 --out r")
-    assert re.search(r"loss\b.*not finite at step 7\b", line) and "--lr" in line
+    assert re.search(r"loss\b.*not finite at step [67]\b", line) and "--lr" in line
+    assert files(trained) == before
+
+@pytest.mark.parametrize("whole", [name for name in SCRIPTS if name != "ebm"], indirect=True)
+@pytest.mark.parametrize("step, flags", [(8, "--epochs 3"), (6, "--epochs 3 --time-limit 0")])
+def test_weights_that_are_not_finite_are_not_saved(run, trained, dies, step, flags):
+    """The loss is computed before its step, so that the last one before saving was finite."""
+    before = files(trained)
+    run.at = {step: lambda: math.nan}
+    assert f"not finite at step {step}" in dies(run.main, f"--resume {flags} --out r")
     assert files(trained) == before
 
 # ---- flags and errors ----
@@ -328,9 +337,14 @@ def test_a_run_is_not_overwritten_or_changed_in_size(run, trained, dies):
     line = dies(run.main, f"{run.tiny} --out r")
     assert "--resume" in line and "--out" in line
     both = [(use, flags) for use in ("--resume", "--generate 1") for flags in OTHER_SIZE[run.name]]
-    for use, flags in [*both, ("--resume", "--batch-size 8")]:
+    for use, flags in [*both, ("--resume", "--batch-size 8"), ("--resume", "--seed 1")]:
         assert flags.split()[0] in dies(run.main, f"{use} --out r {flags}")
     assert files(trained) == before
+
+def test_a_build_without_onednn_computes_in_fp32(run, monkeypatch, capfd):
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())
+    assert run.train("--epochs 1 --time-limit 0 --out r") == 0
+    assert " on cpu" in (text := capfd.readouterr().out) and "bf16" not in text
 
 def test_flags_not_given_come_from_the_checkpoint(run):
     flags = "--epochs 2 --lr 0.002 --seed 5 --time-limit 0 --sample-every 1"
