@@ -302,11 +302,11 @@ def plot(path, x, lines, **axis):
     axes.legend()
     axes.figure.savefig(path)
 def write_log(rows, folder):
-    """log.csv, a row an epoch, and its losses as curves.png."""
+    """log.csv, a row an epoch, and its losses and energies as curves.png."""
     lines = [rows[0], *(row.values() for row in rows)]
     (folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-    losses = {key: [row[key] for row in rows] for key in rows[0] if "loss" in key}
-    plot(folder / "curves.png", [row["epoch"] for row in rows], losses, xlabel="epoch")
+    lines = {k: [row[k] for row in rows] for k in rows[0] if "loss" in k or k.startswith("E ")}
+    plot(folder / "curves.png", [row["epoch"] for row in rows], lines, xlabel="epoch")
 # ------------------------------------------------------------------------------------------ train
 TERMS = "train loss", "reconstruction", "kl", "regulariser"  # the first: sum of the next two
 def build(args, device):
@@ -513,7 +513,7 @@ def parse(argv=None):
     flag("--iw-images", 1000, "test images of that bound")
     args, state = parser.parse_args(argv), None
     path = Path(args.out) / "checkpoint.pt"
-    use = args.generate is not None or args.evaluate or args.interpolate
+    use = args.generate or args.evaluate or args.interpolate
     if use or args.resume:
         state = load_checkpoint(path)
         parser.set_defaults(**state["args"])

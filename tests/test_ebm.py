@@ -182,7 +182,7 @@ def test_contrastive_divergence_recovers_mean_and_temperature_over_variance():
         optimizer.zero_grad()
         ebm.contrastive_divergence(energy, data, x)[0].backward()
         optimizer.step()
-        buffer.write(slots, x, torch.tensor(True))
+        buffer.chains[slots] = ebm.quantise(x)
         tail.append((energy.c.item(), energy.mean.item()))
     c, mean = torch.tensor(tail[-100:]).mean(0).tolist()
     due = (1 - math.sqrt(1 - 2 * a / v)) / a  # the root of s^2 / (a c (2 - a c)) = v at T = 1
@@ -239,16 +239,14 @@ def test_quantise_inverts_dequantise_and_leaves_no_grid():
     assert (x * 255 - (x * 255).round()).abs().mean() > 0.2  # data on a grid would be told by it
     assert ebm.quantise(torch.tensor([-3.0, 0.0, 1.0, 7.0])).tolist() == [0, 0, 255, 255]
 
-def test_buffer_draws_without_replacement_and_writes_back_to_the_same_slots():
+def test_buffer_draws_without_replacement_from_slots_that_it_names():
     buffer, g = ebm.Buffer(50, (2, 4, 4), gen()), gen(1)
     before = buffer.chains.clone()
     slots, x = buffer.draw(20, 0.0, g)
     assert len(slots.unique()) == 20 and x.shape == (20, 2, 4, 4)
     assert torch.equal(ebm.quantise(x), before[slots]) and torch.equal(buffer.chains, before)
     new = rand(20, 2, 4, 4, seed=5)
-    buffer.write(slots, new, torch.tensor(False))
-    assert torch.equal(buffer.chains, before)
-    buffer.write(slots, new, torch.tensor(True))
+    buffer.chains[slots] = ebm.quantise(new)
     assert torch.equal(buffer.chains[slots], ebm.quantise(new))
     rest = torch.ones(50, dtype=torch.bool)
     rest[slots] = False
@@ -279,6 +277,27 @@ def test_a_fresh_buffer_is_uniform_and_its_state_can_be_kept():
     other = ebm.Buffer(300, (3, 8, 8), gen(1))
     other.load_state_dict(buffer.state_dict())
     assert torch.equal(other.draw(9, 0.3, gen(2))[1], buffer.draw(9, 0.3, gen(2))[1])
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_chains_is_blurred_recoloured_or_enlarged(share):
+    x = 0.2 + 0.6 * rand(600, 3, 32, 32)
+    y = ebm.augment(x, share, gen(2))
+    changed = (y != x).flatten(1).any(1)
+    assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1
+    assert abs(changed.float().mean() - share) < 0.06
+    if not share:
+        return
+    smooth = (nn.functional.avg_pool2d(x, 3, 1) - y[..., 1:-1, 1:-1]).abs().amax((1, 2, 3)) < 1e-6
+    line = torch.stack([torch.corrcoef(torch.stack([a[0].flatten(), b[0].flatten()]))[0, 1]
+                        for a, b in zip(x, y, strict=True)])  # recoloured: a line in each colour
+    coloured = changed & (line > 0.999)
+    larger = changed & ~smooth & ~coloured
+    for kind in smooth, coloured, larger:
+        assert abs(kind.float().mean() - share / 3) < 0.06
+    i = larger.nonzero()[0].item()  # about its centre, by 5 / 4
+    wide = nn.functional.interpolate(x[i:i + 1], (40, 40), mode="bilinear")[0, :, 4:36, 4:36]
+    assert torch.allclose(y[i], wide)
+    assert ((y - x).mean((2, 3)).abs() < 0.25).all()
 
 # ---- guards ----
 @pytest.mark.parametrize("gap, norm, median, good", [
