@@ -20,7 +20,7 @@ import argparse, copy, io, math, os, signal, sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d, interpolate, normalize, silu
+from torch.nn.functional import avg_pool2d, normalize, silu
 NAME = "ebm"
 # ---------------------------------------------------------------------------------------- network
 class Block(nn.Module):
@@ -33,7 +33,8 @@ class Block(nn.Module):
     def forward(self, x):
         return self.skip(x) + self.conv2(silu(self.conv1(silu(x))))
 class EnergyNet(nn.Module):
-    """(B, 3, H, W) -> E (B,), linear in means of silu(h), h^2 at all scales, to grow as noise^2."""
+    """E: (B, 3, H, W) -> (B,), linear in the means over H W of silu(h) and of h^2, for E to grow as
+    the square of noise does; h are width * mults channels at full, half, ... resolution."""
     def __init__(self, amp=False, width=64, mults=(1, 2, 4, 4), blocks=2):
         super().__init__()
         self.amp, widths = amp, [width * m for m in mults]
@@ -108,14 +109,7 @@ class Buffer(nn.Module):
         x = dequantise(self.chains[slots], generator)
         anew = torch.rand(count, *[1] * (x.dim() - 1), **kind) < fresh
         return slots, torch.where(anew, torch.rand(x.shape, **kind), x)
-def augment(x, share, generator=None):
-    """Blurs, recolours or enlarges that share of x (B, 3, 32, 32) (Du et al., arXiv:2012.01316)."""
-    u = 3 * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) / share
-    a, b = torch.randn(2, len(x), 3, 1, 1, generator=generator, device=x.device)
-    coloured = torch.lerp(x.mean((2, 3), keepdim=True), x, 1 + 0.2 * a) + 0.05 * b
-    return torch.where(u < 1, avg_pool2d(x, 3, 1, 1, count_include_pad=False), torch.where(
-        u < 2, coloured.clamp(0, 1), torch.where(
-            u < 3, interpolate(x, scale_factor=1.25, mode="bilinear")[..., 4:36, 4:36], x)))
+# ----------------------------------------------------------------------------------------- guards
 def step_is_good(gap, norm, recent):
     """0-dim bool, on the device: gap, norm are finite, |gap| <= max(1, 5 medians of |recent|)."""
     limit = (5 * recent.abs().nanmedian()).nan_to_num(0).clamp(min=1)
@@ -233,8 +227,8 @@ def train(args, state, device, out):
             if step <= warm and step % 50 == 0:  # the score leaves a constant open: E(data) = 0
                 net.head.bias.data -= net(data).mean().detach()
             if step >= warm:
-                chains = sample(args, net.requires_grad_(False), augment(chains, args.augment, g),
-                    g, args.steps, lambda x, e, g, seen=seen: seen.append((e, g.abs())) or x)
+                chains = sample(args, net.requires_grad_(False), chains, g, args.steps,
+                                lambda x, e, g, seen=seen: seen.append((e, g.abs())) or x)
                 net.requires_grad_(True)  # off above: chains need no gradients of weights
                 gap, penalty, plus, minus = contrastive_divergence(net, data, chains, args.penalty)
                 e, slope = map(torch.stack, zip(*seen, strict=True))  # (K, B), (K, B, 3, H, W)
@@ -301,7 +295,8 @@ def generate(args, net, count, g):
     x = torch.rand(count, 3, 32, 32, generator=g, device=g.device)
     return quantise(langevin(net, sample(args, net, x, g, args.chain), 1, tweedie(args), 0))
 def draw_chains(args, net, test, out):
-    """Eight chains from noise, eight from test images, which last if E is a density; 2 --chain."""
+    """Eight chains from noise and eight from test images; rows are later and later, to 2 --chain.
+    If the latter stop looking like images, the energy is no density but serves short chains."""
     from common import save_grid
     g = torch.Generator(test.device).manual_seed(args.seed)
     x = torch.cat([torch.rand(8, 3, 32, 32, generator=g, device=g.device), dequantise(test[:8], g)])
@@ -333,7 +328,8 @@ def apply(args, state, device, out):
     for start in range(0, args.generate or 0, 256):
         x = generate(args, net, min(256, args.generate - start), g)
         export(x, out / "generated", start)
-        start or save_grid(x[:64], out / "generated.png")
+        if start == 0:
+            save_grid(x[:64], out / "generated.png")
         print(f"{start + len(x)} of {args.generate} images in {out / 'generated'}")
     truth = None if test is None else dequantise(test[:16], g)
     def save(before, after, name):  # truth, before, after; of the next image, ...
@@ -363,7 +359,7 @@ def apply(args, state, device, out):
         plot(out / "histogram.png", torch.linspace(low, high, 101)[1::2], lines, xlabel="energy")
 # -------------------------------------------------------------------------------------------- CLI
 KEPT = """width mults blocks data subset batch_size buffer seed epochs lr ema sample_every
-    warm_up steps step_size noise clamp chain fresh augment penalty smooth""".split()
+    warm_up steps step_size noise clamp chain fresh penalty smooth""".split()
 def parse(argv=None):
     """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
     parser = argparse.ArgumentParser(
@@ -406,7 +402,6 @@ def parse(argv=None):
     flag("--chain", 500, "Langevin steps from noise to a sample")
     flag("--buffer", 10_000, "persistent chains")
     flag("--fresh", 0.05, "share of the drawn chains that start anew")
-    flag("--augment", 0.3, "share of the drawn chains that are blurred, recoloured or enlarged")
     flag("--penalty", 1.0, "alpha: weight of the squared energies")
     flag("--smooth", 0.03, "std of the noise on training images; the least of score matching")
     flag("--inpaint", False, "only complete test images whose centre is hidden", **tick)
@@ -426,7 +421,7 @@ def parse(argv=None):
     elif path.exists():
         die(f"{path} is there already: go on with --resume, or name another folder with --out")
     for key, value in vars(args).items():
-        low = 1e-9 * (key not in "subset lr seed time_limit fresh augment penalty warm_up".split())
+        low = 1e-9 * (key not in "subset lr seed time_limit fresh penalty warm_up".split())
         if type(value) in (int, float) and not low <= value < 2**31:
             die(f"--{key.replace('_', '-')} {value} is out of range")
     if len(args.mults) > 6 or min(args.mults) < 1:
@@ -446,5 +441,6 @@ def main(argv=None):
         die(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
 if __name__ == "__main__":
     main()

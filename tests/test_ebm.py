@@ -278,27 +278,6 @@ def test_a_fresh_buffer_is_uniform_and_its_state_can_be_kept():
     other.load_state_dict(buffer.state_dict())
     assert torch.equal(other.draw(9, 0.3, gen(2))[1], buffer.draw(9, 0.3, gen(2))[1])
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_share_of_chains_is_blurred_recoloured_or_enlarged(share):
-    x = 0.2 + 0.6 * rand(600, 3, 32, 32)
-    y = ebm.augment(x, share, gen(2))
-    changed = (y != x).flatten(1).any(1)
-    assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1
-    assert abs(changed.float().mean() - share) < 0.06
-    if not share:
-        return
-    smooth = (nn.functional.avg_pool2d(x, 3, 1) - y[..., 1:-1, 1:-1]).abs().amax((1, 2, 3)) < 1e-6
-    line = torch.stack([torch.corrcoef(torch.stack([a[0].flatten(), b[0].flatten()]))[0, 1]
-                        for a, b in zip(x, y, strict=True)])  # recoloured: a line in each colour
-    coloured = changed & (line > 0.999)
-    larger = changed & ~smooth & ~coloured
-    for kind in smooth, coloured, larger:
-        assert abs(kind.float().mean() - share / 3) < 0.06
-    i = larger.nonzero()[0].item()  # about its centre, by 5 / 4
-    wide = nn.functional.interpolate(x[i:i + 1], (40, 40), mode="bilinear")[0, :, 4:36, 4:36]
-    assert torch.allclose(y[i], wide)
-    assert ((y - x).mean((2, 3)).abs() < 0.25).all()
-
 # ---- guards ----
 @pytest.mark.parametrize("gap, norm, median, good", [
     (0.1, 1.0, 0.0, True), (-0.9, 1.0, 0.0, True), (1.1, 1.0, 0.0, False), (-1.1, 1.0, 0.1, False),
