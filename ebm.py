@@ -15,6 +15,7 @@ Loss: gap + penalty + 0.1 score; in the first --warm-up of the run score alone, 
     python ebm.py --epochs 50                                 train on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000 --chain 200                 PNG files, from fresh noise
     python ebm.py --evaluate --inpaint --denoise              AUROC, histograms, pictures, PSNR
+Not as in the papers: score, singular values cut to 1 (arXiv:1804.04368), larger s, EMA, guards.
 Notation: B batch, C channels, H W pixels; images are float (B, 3, 32, 32) in [0, 1]; E is (B,)."""
 import argparse, copy, io, math, os, signal, sys, time
 from pathlib import Path
