@@ -14,16 +14,14 @@ The loss, in nats an image, is minus the bound and a price on steep functions of
 beta rises to 1 in the first --kl-warmup epochs; meanwhile gamma_i, growing with KL_i, shares
 the burden among groups (appendix A), afterwards gamma = 1. R sums the largest singular values of
 all convolutions and the largest BatchNorm factors. A pixel has sum_k w_k prod_colours P_k(v), over
-M = 10 discretised logistics (arXiv:1701.05517), mean m, scale s; for byte v, x = v / 127.5 - 1,
+M discretised logistics (arXiv:1701.05517), mean m, scale s; for byte v, x = v / 127.5 - 1,
     P(v) = S((x - m + 1/255) / s) - S((x - m - 1/255) / s),     S(a) = 1 / (1 + exp(-a))
-where m is linear in the colours before; bytes 0 and 255 take the tails besides. Bits per dimension
-are nats / (3072 ln 2). K draws z_k ~ q give a tighter bound (Burda et al. 2016, arXiv:1509.00519):
-    ln p(x) >= E ln mean_k p(x|z_k) p(z_k) / q(z_k|x)
+where m is linear in the colours before; bytes 0 and 255 take the tails besides. K draws tell more:
+    ln p(x) >= E ln mean_k p(x|z_k) p(z_k) / q(z_k|x)          (Burda et al. 2016, arXiv:1509.00519)
     python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000 --temperature 0.7          PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
-Not as in the paper: one width at all scales, all priors learned, P(v) exact, EMA (README: more).
-Notation: B batch, C channels, H W pixels, G groups, n latents, M mixtures; x is (B, 3, 32, 32)."""
+Not as in the paper: P(v) exact, EMA; README has more. B batch, C channels, H W pixels, n latents"""
 import argparse, copy, io, math, os, signal, sys, time
 from itertools import accumulate, pairwise, product
 from pathlib import Path
@@ -98,30 +96,32 @@ def normal(parameters, temperature=1.0):
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return mu, temperature * (log_sigma.exp() + 0.01)
 class NVAE(nn.Module):
-    """groups: of n latents at 16x16, 8x8, ...; width: channels at 32x32, twice as many elsewhere;
-    cells each way a group; outer: cells at 32x32; residual: what cells add is multiplied by it."""
-    def __init__(self, width=64, groups=(12, 8), cells=1, outer=2, expand=6, flows=0, residual=0.1,
-                 amp=False, latents=20):
+    """width times mults: channels at 32x32, 16x16, ..., the last for the rest; groups: of n latents
+    at 16x16, 8x8, ...; cells each way a group; outer: cells at 32x32; residual: their scale."""
+    def __init__(self, width=64, mults=(1, 2), groups=(12, 8), cells=1, outer=2, expand=6, flows=0,
+                 residual=0.1, mixtures=10, amp=False, latents=20):
         super().__init__()
-        self.amp, self.scales, c, less = amp, groups, 2 * width, max(1, expand // 2)
-        places = [scale for scale, count in enumerate(groups) for _ in range(count)]
+        self.amp, self.scales, less = amp, groups, max(1, expand // 2)
+        w = [width * mults[min(i, len(mults) - 1)] for i in range(len(groups) + 1)]
+        places = [scale for scale, count in enumerate(groups, 1) for _ in range(count)]
         more = [encoder_cell(width, width) for _ in range(outer - 1)]
         self.before = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1), *more, encoder_cell(width, c, down=True))
-        self.start = nn.Parameter(torch.randn(1, c, 32 >> len(groups), 32 >> len(groups)))
+            nn.Conv2d(3, width, 3, padding=1), *more, encoder_cell(width, w[1], down=True))
+        self.start = nn.Parameter(torch.randn(1, w[-1], 32 >> len(groups), 32 >> len(groups)))
         self.encoder, self.groups = nn.ModuleList(), nn.ModuleList()
-        for above, scale in pairwise([0, *places]):  # from fine to coarse
-            more = [encoder_cell(c, c, down=True) for _ in range(scale - above)]
+        for above, scale in pairwise([1, *places]):  # from fine to coarse
+            more, c = [encoder_cell(*w[i:i + 2], down=True) for i in range(above, scale)], w[scale]
             self.encoder.append(nn.Sequential(*more, *(encoder_cell(c, c) for _ in range(cells))))
-        for below, scale in pairwise([len(groups) - 1, *places[::-1]]):  # from coarse to fine
-            more = [decoder_cell(c, c, expand, up=True) for _ in range(below - scale)]
+        def up(below, scale):
+            return [decoder_cell(w[i], w[i - 1], expand, up=True) for i in range(below, scale, -1)]
+        for below, scale in pairwise([len(groups), *places[::-1]]):  # from coarse to fine
+            more, c = up(below, scale), w[scale]
             more += [decoder_cell(c, c, expand) for _ in range(cells if self.groups else 0)]
             self.groups.append(Group(more, c, latents, flows))
-        self.register_buffer("alpha", torch.tensor([4.0**-s / groups[s] for s in places[::-1]]))
-        up = [decoder_cell(c, c, expand, up=True) for _ in range(places[0])]
-        more = [decoder_cell(width, width, less) for _ in range(outer - 1)]
-        self.after = nn.Sequential(*up, decoder_cell(c, width, less, up=True), *more, nn.ELU(),
-                                   nn.Conv2d(width, 100, 3, padding=1))
+        self.register_buffer("alpha", torch.tensor([4.0**-s / groups[s - 1] for s in places[::-1]]))
+        above, more = up(places[0], 1), [decoder_cell(width, width, less) for _ in range(outer - 1)]
+        self.after = nn.Sequential(*above, decoder_cell(w[1], width, less, True), *more, nn.ELU(),
+                                   nn.Conv2d(width, 10 * mixtures, 3, padding=1))
         for cell in (part for part in self.modules() if isinstance(part, Cell)):
             cell.scale = residual
     def bottom_up(self, x):
@@ -158,10 +158,9 @@ def quantise(x):  # float -> uint8, the nearest byte
     return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 def mixture(logits):
     """(B, 10 M, H, W) -> weights (B, M, H, W); means, ln s, coefficients (B, 3, M, H, W) each."""
-    count = logits.shape[1] // 10
-    weights, rest = logits.split([count, 9 * count], dim=1)
-    means, log_s, c = rest.unflatten(1, (3, 3, count)).unbind(1)
-    return weights, means, log_s.clamp(min=-7), torch.tanh(c)
+    weights, rest = logits.unflatten(1, (10, -1)).split([1, 9], dim=1)
+    means, log_s, c = rest.unflatten(1, (3, 3)).unbind(1)
+    return weights[:, 0], means, log_s.clamp(min=-7), torch.tanh(c)
 def dmol_log_prob(logits, x):
     """ln p(x|z) (B,) of x (B, 3, H, W) in [-1, 1], one of the 256 values of scaled().
     S(a) - S(b) = S(a) S(-b) (1 - exp(b - a)), a, b = (x - m +- 1/255) / s, is exact far from m too.
@@ -258,8 +257,8 @@ def calibrated(net, images=None, temperature=1.0, calls=40):
         for _ in range(calls):
             net.top_down(noise(g, net.start.device), 64, temperature=temperature)
     else:
-        some = torch.randperm(len(images), generator=g, device=g.device)[:1000]
-        for x in images[some].split(100):  # a data set may be sorted
+        some = torch.randperm(len(images), generator=g, device=g.device)[:1000]  # may be sorted
+        for x in images[some].split(100):
             elbo(net, scaled(x), g)
     return net.eval()
 # ----------------------------------------------------------------------------------- bookkeeping
@@ -311,8 +310,7 @@ def write_log(rows, folder):
 TERMS = "train loss", "reconstruction", "kl", "regulariser"  # the first: sum of the next two
 def build(args, device):
     torch.manual_seed(args.seed)
-    net = NVAE(args.width, args.groups, args.cells, args.outer, args.expand, args.flows,
-               args.residual, args.amp)
+    net = NVAE(*(getattr(args, key) for key in KEPT[:9]), args.amp)
     return net.to(device, memory_format=torch.channels_last)
 def measure(net, images):
     """-ln p(x|z) () and KL (G, n) of uint8 images, on average, in bits/dim, with fixed noise."""
@@ -455,8 +453,8 @@ def apply(args, state, device, out):
         axes = Figure().add_subplot(xlabel="group, from coarse to fine", ylabel="KL, bits/dim")
         for i, units in enumerate(kl, 1):  # a unit, channel of z_i, is active from 0.1 nats on
             axes.bar(i, units.sum().item(), color="C0")
-            active = f"{(units * NATS > 0.1).sum()} of {len(units)}"
-            print(f"group {i:3}  KL {units.sum():.4f} bits/dim  active units {active}")
+            print(f"group {i:3}  KL {units.sum():.4f} bits/dim  active units "
+                  f"{(units * NATS > 0.1).sum()} of {len(units)}")
         axes.figure.savefig(out / "kl_by_group.png")
         print(f"ELBO {reconstruction + kl.sum():.4f} bits/dim: reconstruction {reconstruction:.4f},"
               f" KL {kl.sum():.4f}, of {len(test)} test images")
@@ -464,8 +462,8 @@ def apply(args, state, device, out):
         print(f"IW bound, K = {args.iw}: {bits.mean():.4f} bits/dim, of {len(few)} test images "
               f"whose ELBO is {sum(part.sum() for part in measure(seen, few)):.4f}")
 # -------------------------------------------------------------------------------------------- CLI
-KEPT = """width groups cells outer expand flows residual data subset batch_size seed epochs lr ema
-    sample_every kl_warmup spectral temperature pixels""".split()
+KEPT = """width mults groups cells outer expand flows residual mixtures data subset batch_size seed
+    epochs lr ema sample_every kl_warmup spectral temperature pixels""".split()
 def parse(argv=None):
     """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
     parser = argparse.ArgumentParser(
@@ -496,14 +494,16 @@ def parse(argv=None):
     flag("--generate", None, "only write that many samples as PNG files", type=int, metavar="N")
     flag("--evaluate", False, "only measure on the test images", **tick)
     group = parser.add_argument_group(NAME)
-    flag("--width", 64, "channels at 32x32, twice as many at lower resolutions")
-    flag("--groups", [12, 8], "of latents, at 16x16, 8x8, ..., 0 for none",
-         type=lambda text: [int(n) for n in text.split(",")], metavar="N,N,...")
+    numbers = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,N,..."}
+    flag("--width", 64, "channels at 32x32")
+    flag("--mults", [1, 2], "channels at 32x32, 16x16, ..., in widths; the last repeats", **numbers)
+    flag("--groups", [12, 8], "of latents, at 16x16, 8x8, ..., 0 for none", **numbers)
     flag("--cells", 1, "residual cells each way a group")
     flag("--outer", 2, "residual cells each way at 32x32")
     flag("--expand", 6, "channels of depthwise convolutions, in units of the others'")
     flag("--flows", 0, "inverse autoregressive flows a group; 0 by default")
     flag("--residual", 0.1, "scale of what a cell adds; more for a shallow network")
+    flag("--mixtures", 10, "logistics a pixel: fewer leave more to the latents")
     flag("--kl-warmup", 2.0, "epochs in which the weight of the KL rises to 1")
     flag("--spectral", 1e-2, "weight lambda of the regulariser")
     flag("--temperature", 0.7, "of latents: 1 is the model's own, less is safer and duller")
@@ -518,7 +518,7 @@ def parse(argv=None):
         state = load_checkpoint(path)
         parser.set_defaults(**state["args"])
         args = parser.parse_args(argv)
-        for key in KEPT[: 7 if use else 11]:
+        for key in KEPT[: 9 if use else 13]:
             if getattr(args, key) != state["args"][key]:
                 name = key.replace("_", "-")
                 die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
@@ -528,8 +528,8 @@ def parse(argv=None):
         low = 1e-9 * (key not in "subset lr seed time_limit flows kl_warmup spectral".split())
         if type(value) in (int, float) and not low <= value < 2**31:
             die(f"--{key.replace('_', '-')} {value} is out of range")
-    if not 1 <= len(args.groups) <= 4 or min(args.groups) < 0 or not any(args.groups):
-        die("--groups takes one to four numbers, 0 for a scale without latents, not all of them 0")
+    if min(args.mults) < 1 or min(args.groups) < 0 or not any(args.groups) or len(args.groups) > 4:
+        die("--groups takes one to four numbers, 0 for none, not all 0; --mults numbers above 0")
     return args, state, use
 def main(argv=None):
     args, state, use = parse(argv)

@@ -376,6 +376,22 @@ def test_shapes_of_groups_and_images():
         assert [group["z"].shape[1:] for group in found] == [(3, size, size) for size in sizes]
         assert nvae.dmol_sample(logits, generator=gen()).shape == x.shape
 
+def test_widths_of_scales_and_mixtures():
+    """The last of mults serves all lower resolutions; M mixtures have 10 M logits a pixel."""
+    net, x = network(groups=(1, 1, 1), mults=(1, 2, 3), mixtures=2), nvae.scaled(images(2))
+    features = net.bottom_up(x)
+    logits, _ = net.top_down(nvae.noise(gen()), 2, features)
+    shapes = [tuple(feature.shape[1:]) for feature in features]
+    assert shapes == [(12, 4, 4), (12, 8, 8), (8, 16, 16)] and logits.shape == (2, 20, 32, 32)
+    assert net.start.shape == (1, 12, 4, 4) and net.before[0].out_channels == 4
+    weights, *parts = nvae.mixture(logits)
+    assert torch.equal(weights, logits[:, :2])  # then means, ln s and c, of red, green and blue
+    for part, kept in zip(parts, (logits[:, 2:8], logits[:, 8:14].clamp(min=-7),
+                                  torch.tanh(logits[:, 14:])), strict=True):
+        assert torch.equal(part.flatten(1, 2), kept)
+    assert nvae.elbo(net, x, gen())[0].isfinite().all()
+    assert nvae.dmol_mean(logits).shape == nvae.dmol_sample(logits).shape == x.shape
+
 def test_images_of_a_batch_do_not_see_each_other():
     net, x = network(), nvae.scaled(images(3))
     still = lambda shape: torch.zeros(shape)  # noqa: E731

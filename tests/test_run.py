@@ -22,7 +22,7 @@ TINY = {"ncsn": "--width 8 --mults 1,2 --blocks 1",
         "ebm": "--width 4 --mults 1,2 --blocks 1 --steps 2 --chain 3 --buffer 40 --warm-up 0.2"}
 OTHER_SIZE = {"ncsn": ["--width 12", "--mults 1", "--blocks 2"], "nvae": [
     "--width 8", "--groups 2,1", "--cells 2", "--outer 2", "--expand 2", "--flows 1",
-    "--residual 1"],
+    "--residual 1", "--mults 1", "--mixtures 2"],
     "ebm": ["--width 12", "--mults 1", "--blocks 2"]}
 PICTURES = {"ncsn": {"stages.png", "nearest.png"},  # at the end of training
             "nvae": {"reconstructions.png", "temperatures.png", "scales.png"},
@@ -56,8 +56,8 @@ OWN_ERRORS = {"ncsn": {
     "--mults 1,1,1,1,1,1,1": "--mults", "--inpaint": "train first",
     "--interpolate": "train first"},
     "nvae": {
-    "--width 0": "--width", "--groups x": "--groups", "--groups 0": "--groups", "--groups -1,2":
-    "--groups",
+    "--width 0": "--width", "--groups x": "--groups", "--mults x": "--mults", "--mults 2,0":
+    "--mults", "--mixtures 0": "--mixtures", "--groups 0": "--groups", "--groups -1,2": "--groups",
     "--groups 1,1,1,1,1": "--groups", "--cells 0": "--cells", "--outer 0": "--outer",
     "--expand 0": "--expand", "--flows -1": "--flows", "--kl-warmup -1": "--kl-warmup",
     "--spectral -1": "--spectral", "--temperature 0": "--temperature", "--iw 0": "--iw",
