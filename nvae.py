@@ -16,7 +16,7 @@ the burden among groups (appendix A), afterwards gamma = 1. R sums the largest s
 all convolutions and the largest BatchNorm factors. A pixel has sum_k w_k prod_colours P_k(v), over
 M discretised logistics (arXiv:1701.05517), mean m, scale s; for byte v, x = v / 127.5 - 1,
     P(v) = S((x - m + 1/255) / s) - S((x - m - 1/255) / s),     S(a) = 1 / (1 + exp(-a))
-where m is linear in the colours before; bytes 0 and 255 take the tails besides. K draws tell more:
+where m is linear in the colours before; bytes 0 and 255 take the tails. K draws of z bound tighter:
     ln p(x) >= E ln mean_k p(x|z_k) p(z_k) / q(z_k|x)          (Burda et al. 2016, arXiv:1509.00519)
     python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000 --temperature 0.7          PNG files, from the trained weights
@@ -97,7 +97,7 @@ def normal(parameters, temperature=1.0):
     return mu, temperature * (log_sigma.exp() + 0.01)
 class NVAE(nn.Module):
     """width times mults: channels at 32x32, 16x16, ..., the last for the rest; groups: of n latents
-    at 16x16, 8x8, ...; cells each way a group; outer: cells at 32x32; residual: their scale."""
+    at 16x16, 8x8, ...; cells each way a group; outer: cells at 32x32; residual: Cell.scale."""
     def __init__(self, width=64, mults=(1, 2), groups=(12, 8), cells=1, outer=2, expand=6, flows=0,
                  residual=0.1, mixtures=10, amp=False, latents=20):
         super().__init__()
@@ -310,7 +310,7 @@ def write_log(rows, folder):
 TERMS = "train loss", "reconstruction", "kl", "regulariser"  # the first: sum of the next two
 def build(args, device):
     torch.manual_seed(args.seed)
-    net = NVAE(*(getattr(args, key) for key in KEPT[:9]), args.amp)
+    net = NVAE(*(getattr(args, key) for key in KEPT[:9]), args.amp)  # in its order
     return net.to(device, memory_format=torch.channels_last)
 def measure(net, images):
     """-ln p(x|z) () and KL (G, n) of uint8 images, on average, in bits/dim, with fixed noise."""

@@ -1,5 +1,5 @@
 """NVAE's mathematics and network, on the real functions, against brute force in float64."""
-import copy, math
+import copy, inspect, math
 
 import pytest
 import torch
@@ -470,6 +470,9 @@ def test_sizes_of_the_networks():
     assert 10.5e6 < count(default) < 13.5e6
     assert 120e6 < count(paper) < 136e6 and len(paper.groups) == 30
     assert paper.start.shape == (1, 256, 16, 16)
+
+def test_flags_reach_the_network_in_its_order():
+    assert list(inspect.signature(nvae.NVAE).parameters)[:9] == nvae.KEPT[:9]
 
 def test_what_cells_add_is_scaled():
     for residual in 0.1, 0.7:
