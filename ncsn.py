@@ -1,500 +1,1125 @@
-"""NCSN: a noise conditional score network on 32x32 images, in one file (data from common.py).
+"""NCSN: a noise conditional score network that learns to draw images. common.py loads the data.
 
-The score of a density p is grad_x log p(x), the direction in which an image becomes more likely.
-Real images fill so little of pixel space that their own score is undefined nearly everywhere. Song
-& Ermon (2019, arXiv:1907.05600; 2020, arXiv:2006.09011) add Gaussian noise of many sizes sigma,
-which blurs the density to p_sigma, and learn the scores of all p_sigma with one network. Sampling
-starts in pure noise and follows the scores while sigma falls from level to level of a ladder.
+The score of an image is the direction in which it becomes more likely, grad_x log p(x). Real images
+fill so little of pixel space that their own score is undefined nearly everywhere. Song & Ermon
+(2019, arXiv:1907.05600; 2020, arXiv:2006.09011) add Gaussian noise, which spreads images over all
+of space, and teach one network the scores of noisy images, for noise of every size sigma.
 
-Training is denoising score matching: for y = x + sigma z, z ~ N(0, I), the best denoiser D in
-squared error is the posterior mean E[x | y], and it gives the score (Tweedie's formula):
-    loss = mean w(sigma) (D(y, sigma) - x)^2         score(y, sigma) = (D(y, sigma) - y) / sigma^2
-NCSN's network F gives the score as F(y) / sigma, so D = y + sigma F(y): its error is sigma times
-that of F, and at large sigma a small error of F drowns the image. Karras et al. (2022,
-arXiv:2206.00364) keep input and target of F at unit mean square, which makes short runs work. With
-sigma_data the root mean square of the images and r^2 = sigma^2 + sigma_data^2,
-    D(y, sigma) = c_skip y + c_out F(c_in y, ln sigma)        w = 1 / c_out^2
-    c_skip = sigma_data^2 / r^2       c_out = sigma sigma_data / r       c_in = 1 / r
-NCSN is the case c_skip = 1, c_out = sigma, c_in = 1. F = 0 has an expected loss of 1 at any sigma.
+    x      image, float (B, C, H, W) in [-1, 1]      z    noise from N(0, I), shaped like x
+    sigma  standard deviation of the noise           y    noisy image, x + sigma z
+    D      denoiser: D(y, sigma) is a guess of x     F    the network inside D
 
-Sampling over levels sigma_1 > ... > sigma_L, last of all x + sigma_L^2 score(x, sigma_L) = D:
-    langevin    T steps a level of x += a score(x, sigma_i) + sqrt(2 a) z,  a = step sigma_i^2
-    consistent  one step a level; freshness 0 adds no noise, freshness 1 is ancestral sampling
-    heun        the ODE dx/dsigma = -sigma score(x, sigma) (probability flow) over 18 levels
-    python ncsn.py --epochs 50                                train on CIFAR-10, files in runs/ncsn
-    python ncsn.py --generate 1000                            PNG files, from the trained weights
-    python ncsn.py --evaluate --inpaint --interpolate         loss by sigma, bits/dim, pictures
-Not as in NCSN's papers: D, U-Net, continuous sigma, averaged weights (EMA) over a share of a run.
-Notation: B batch, C channels, H W pixels, L levels; images are float (B, 3, 32, 32) in [-1, 1]."""
-import argparse, copy, io, math, os, signal, sys, time
-from itertools import pairwise
+Training is denoising: add noise, guess the image. The guess with the least squared error is the
+mean of x given y, and it tells the score (Tweedie's formula). For the density of noisy images is
+p_sigma(y) = mean over x of N(y; x, sigma^2 I), and its grad log, grad p_sigma / p_sigma, weights
+each x by its probability given y:   score(y, sigma) = mean of (x - y) / sigma^2 given y, that is
+    score(y, sigma) = (D(y, sigma) - y) / sigma^2
+NCSN's own network gives sigma * score, so D is y + sigma times its output, and where sigma is large
+a small error of the network, times sigma, is larger than the image. Karras et al. (2022,
+arXiv:2206.00364) mix y and F so that input and target of F have mean square 1 at every sigma:
+    D(y, sigma) = c_skip y + c_out F(c_in y, ln sigma)       loss = mean((D - x)^2) / c_out^2
+with c_skip, c_out and c_in as in ScoreNet.forward.
+
+In pure noise D sees nothing: its guess is the mean of all images, a blur. So sampling follows the
+scores and takes a little noise off at a time, down levels sigma_1 > ... > sigma_L. Three ways:
+    langevin     the papers' own: several noisy steps at each level (about 1,400 calls of D)
+    consistent   one step at each level, with new noise or without (about 280 calls)
+    heun         an ODE that leads the same way without new noise (35 calls)
+
+    python ncsn.py --epochs 50                          trains on CIFAR-10, files in runs/ncsn
+    python ncsn.py --generate 1000 --sampler heun       PNG files, from the trained weights
+    python ncsn.py --evaluate --inpaint --interpolate   loss by sigma, bits/dim, pictures
+
+The method ends with training_step(), train() is its loop; bookkeeping and command line are alike in
+all scripts. In your own project, import torch, ncsn (any size that halves; for EMA see train):
+    images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
+    net = ncsn.ScoreNet(*ncsn.measure(images), channels=1, width=16)
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for batch in images.split(16): loss = ncsn.training_step(net, optimizer, batch)
+    levels = ncsn.heun_levels(net.sigma_max)
+    samples = ncsn.quantise(ncsn.heun(net.score, levels[0] * torch.randn(4, 1, 28, 28), levels))"""
+
+import argparse
+import copy
+import csv
+import io
+import math
+import os
+import shlex
+import signal
+import sys
+import time
 from pathlib import Path
+
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool2d, interpolate, silu
+
 NAME = "ncsn"
-# ---------------------------------------------------------------------------------------- network
-def norm(channels):  # in groups of 16 or more: a CPU takes many times as long with smaller ones
-    return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels, eps=1e-6)
+
+# ------------------------------------------------------------------------------------------ network
+
+
+def norm(channels):
+    """GroupNorm with 16 channels or more in a group, if there are: small groups slow down a CPU."""
+    groups = math.gcd(max(1, channels // 16), channels)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
 
 class Block(nn.Module):
-    """Residual block told the noise level: (B, cin, H, W), (B, E) -> (B, cout, H, W)."""
-    def __init__(self, cin, cout, embedding, attention=False):
+    """Residual block that is told the noise level, if wanted with self-attention behind it.
+
+    x (B, in_channels, H, W), embedding (B, E) -> (B, out_channels, H, W)
+    """
+
+    def __init__(self, in_channels, out_channels, embedding_size, attention=False):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.modulate = nn.Linear(embedding, 2 * cout)
-        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
-        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        if attention:
-            self.norm3, heads = norm(cout), math.gcd(max(1, cout // 64), cout)
-            self.attend = nn.MultiheadAttention(cout, heads, batch_first=True)
+        self.norm1 = norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.modulate = nn.Linear(embedding_size, 2 * out_channels)
+        self.norm2 = norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Identity()
+        if in_channels != out_channels:
+            self.skip = nn.Conv2d(in_channels, out_channels, 1)
+        self.attention = Attention(out_channels) if attention else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # at first the block adds nothing
+        nn.init.zeros_(self.conv2.bias)
+
     def forward(self, x, embedding):
-        h = self.conv1(nn.functional.silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x)))
         gain, bias = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(nn.functional.silu(self.norm2(h) * (1 + gain) + bias))
-        x = (self.skip(x) + h) / math.sqrt(2)  # the sum keeps its variance
-        if hasattr(self, "attend"):  # every pixel looks at all others
-            h = self.norm3(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
-            h = self.attend(h, h, h, need_weights=False)[0].transpose(1, 2)
-            x = (x + h.reshape(x.shape)) / math.sqrt(2)
-        return x
+        h = self.conv2(silu(self.norm2(h) * (1 + gain) + bias))
+        # Once h has the variance of x, the division keeps that of their sum from doubling.
+        return self.attention((self.skip(x) + h) / math.sqrt(2))
+
+
+class Attention(nn.Module):
+    """Self-attention between all pixels, with a residual connection: (B, C, H, W) -> the same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = norm(channels)
+        heads = math.gcd(max(1, channels // 64), channels)
+        self.attend = nn.MultiheadAttention(channels, heads, batch_first=True)
+        nn.init.zeros_(self.attend.out_proj.weight)
+
+    def forward(self, x):
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        h, _ = self.attend(h, h, h, need_weights=False)
+        return (x + h.transpose(1, 2).reshape(x.shape)) / math.sqrt(2)
+
+
+def as_column(sigma, y):
+    """A number or a tensor () or (B,) as (1 or B, 1, 1, 1), to go with y (B, C, H, W)."""
+    return torch.as_tensor(sigma, dtype=torch.float32, device=y.device).reshape(-1, 1, 1, 1)
+
 
 class ScoreNet(nn.Module):
-    """The denoiser D(x, sigma) and its score, both shaped like x; sigma is a tensor () or (B,).
-    F is a U-Net: width * mults channels at 32x32, 16x16, ..., `blocks` blocks each way at each."""
-    def __init__(self, sigma_data=0.5, sigma_max=100.0, amp=False,
-                 width=128, mults=(1, 2, 2), blocks=3):
+    """The denoiser D(y, sigma), and the score that follows from it.
+
+    F is a U-Net with width * mults channels at full, half, quarter ... resolution, and at each of
+    them `blocks` blocks on the way down and on the way up. At the depths in `attention` (0 is full
+    resolution, 1 half), and in the middle, all pixels see each other, at a cost that grows with the
+    square of their number: (1, 2) is for 32x32 pixels, (2, 3) for 64x64. measure() finds
+    sigma_data, the root mean square of the images, and sigma_max, the largest noise of use. amp
+    computes F in bf16.
+    """
+
+    def __init__(
+        self,
+        sigma_data=0.5,
+        sigma_max=100.0,
+        width=128,
+        mults=(1, 2, 2),
+        blocks=3,
+        channels=3,
+        attention=(1, 2),
+        amp=False,
+    ):
         super().__init__()
-        self.sigma_data, self.sigma_max, self.amp = sigma_data, sigma_max, amp
-        widths, emb, end, at = [width * m for m in mults], 4 * width, blocks - 1, (1, 2)
+        self.sigma_data = sigma_data
+        self.sigma_max = sigma_max
+        self.amp = amp
+        widths = [width * mult for mult in mults]
+
+        # F is told ln sigma, which goes from about -6 to 5, by sines of ln sigma times a frequency:
+        # over this range the slowest (0.03) hardly bends, the fastest (3.2) goes five times round.
         self.register_buffer("frequencies", torch.logspace(-1.5, 0.5, width // 2))
-        self.embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleList(  # with attention at 16x16 and 8x8
-            Block(c if i else above, c, emb, attention=level in at) for i in range(blocks))
-            for level, (above, c) in enumerate(zip(widths[:1] + widths[:-1], widths, strict=True)))
-        self.middle = Block(widths[-1], widths[-1], emb, attention=True)
-        self.up = nn.ModuleList(nn.ModuleList(  # attention is dear: here only last blocks have it
-            Block(c + (c if i else below), c, emb, i == end and level in at) for i in range(blocks))
-            for level, (c, below) in enumerate(zip(widths, widths[1:] + widths[-1:], strict=True)))
-        self.out = nn.Sequential(norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1))
-        for name, parameter in self.named_parameters():  # F starts as zero, blocks do nothing new
-            if any(end in name for end in ("out.2.", "conv2.", "out_proj.")):
-                nn.init.zeros_(parameter)
+        size = 4 * width
+        self.embed = nn.Sequential(
+            nn.Linear(2 * len(self.frequencies), size), nn.SiLU(), nn.Linear(size, size), nn.SiLU()
+        )
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
+
+        self.down = nn.ModuleList()  # for each depth, from fine to coarse, a list of blocks
+        before = widths[0]  # channels that come out of the layer before
+        for depth, after in enumerate(widths):
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                stage.append(Block(before, after, size, depth in attention))
+                before = after
+            self.down.append(stage)
+
+        self.middle = Block(before, before, size, attention=True)
+
+        # From coarse to fine. Each block also sees what its mirror image on the way down put out.
+        self.up = nn.ModuleList()
+        for depth in reversed(range(len(widths))):
+            after = widths[depth]
+            stage = nn.ModuleList()
+            for i in range(blocks):
+                is_last = i == blocks - 1  # only these have attention, to save time
+                stage.append(Block(before + after, after, size, is_last and depth in attention))
+                before = after
+            self.up.append(stage)
+
+        self.out = nn.Sequential(
+            norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1)
+        )
+        nn.init.zeros_(self.out[-1].weight)  # so F starts as 0, and the loss as 1 at every sigma
+        nn.init.zeros_(self.out[-1].bias)
+
     def F(self, x, ln_sigma):
-        angles, skips = ln_sigma[:, None] * self.frequencies, []
-        emb = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        """The U-Net: x (B, C, H, W), ln_sigma (B,) -> like x."""
+        halvings = len(self.down) - 1
+        if x.shape[2] % 2**halvings or x.shape[3] % 2**halvings:
+            raise ValueError(f"{x.shape[2]}x{x.shape[3]} pixels cannot be halved {halvings} times")
+        angles = ln_sigma[:, None] * self.frequencies
+        embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))
         h = self.stem(x)
-        for level, blocks in enumerate(self.down):
-            h = nn.functional.avg_pool2d(h, 2) if level else h
-            for block in blocks:
-                h = block(h, emb)
+        skips = []
+        for i, stage in enumerate(self.down):
+            if i > 0:
+                h = avg_pool2d(h, 2)
+            for block in stage:
+                h = block(h, embedding)
                 skips.append(h)
-        h = self.middle(h, emb)
-        for level, blocks in reversed(list(enumerate(self.up))):
-            for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb)
-            h = nn.functional.interpolate(h, scale_factor=2.0) if level else h
+        h = self.middle(h, embedding)
+        for i, stage in enumerate(self.up):
+            if i > 0:
+                h = interpolate(h, scale_factor=2.0)
+            for block in stage:
+                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
         return self.out(h)
-    def forward(self, x, sigma):
-        s = sigma.float().reshape(-1, 1, 1, 1)
-        r = (s**2 + self.sigma_data**2).sqrt()
-        # bf16 for F only: the score divides by sigma^2, which magnifies rounding.
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            f = self.F(x / r, s.log().flatten().expand(len(x))).float()
-        return (self.sigma_data / r) ** 2 * x + s * self.sigma_data / r * f  # c_skip x + c_out f
-    def score(self, x, sigma):
-        return (self(x, sigma) - x) / sigma.float().reshape(-1, 1, 1, 1) ** 2
-# ----------------------------------------------------------------------------------- noise levels
-SIGMA_MIN = 2 / 256 / math.sqrt(12)  # std within one of the 256 bins: finer noise is lost
+
+    def forward(self, y, sigma):
+        """D(y, sigma), shaped like y; sigma is a number or a tensor () or (B,).
+
+        y has mean square r^2 = sigma^2 + sigma_data^2, so F sees y / r. c_skip y is the best guess
+        that is linear in y. What it lacks, x - c_skip y, has mean square c_out^2, so the target of
+        F is (x - c_skip y) / c_out.
+        """
+        sigma = as_column(sigma, y)
+        r = (sigma**2 + self.sigma_data**2).sqrt()
+        c_skip = self.sigma_data**2 / r**2
+        c_out = sigma * self.sigma_data / r
+        c_in = 1 / r
+        # bf16 for F only: the score divides by sigma^2, which would magnify rounding of D.
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.amp):
+            f = self.F(c_in * y, sigma.log().flatten().expand(len(y)))
+        return c_skip * y + c_out * f.float()
+
+    def score(self, y, sigma):
+        """grad_y log p_sigma(y), shaped like y; sigma is a number or a tensor () or (B,)."""
+        return (self(y, sigma) - y) / as_column(sigma, y) ** 2
+
+
+# ------------------------------------------------------------------------------------- noise levels
+
+# dequantise() adds noise of this standard deviation, that of a uniform draw from a bin 2/256 wide.
+# Finer noise has nothing to teach.
+SIGMA_MIN = 2 / 256 / math.sqrt(12)
+
+
 def measure(images):
     """(sigma_data, sigma_max) of uint8 images (N, C, H, W), in units of pixels in [-1, 1].
-    sigma_max is the largest distance of two images, so that chains can walk from any to any (2020,
-    technique 1). To spare time only the 500 images farthest from the mean are tried with all."""
-    x = images.flatten(1) / 127.5 - 1
-    far = x[(x - x.mean(0)).norm(dim=1).topk(min(500, len(x))).indices]
-    return x.square().mean().sqrt().item(), torch.cdist(far, x).max().item()
 
-def make_ladder(sigma_max, dim, sigma_min=SIGMA_MIN, overlap=0.5):
-    """Levels (L,) from sigma_max down to sigma_min, Langevin step and T, for images of dim numbers.
-    |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2): of each level `overlap` lies within 3 std
-    of the one above (2020, technique 2), whose sigma is at most 3 times as large. With Phi the
-    normal CDF, 1 - Phi(d - 3 gamma) = overlap for d = sqrt(2 dim) (gamma - 1)."""
-    root, q = math.sqrt(2 * dim), torch.special.ndtri(torch.tensor(overlap)).item()
-    gamma = (root - q) / max(root - 3, (root - q) / 3)
-    count = math.ceil(math.log(sigma_max / sigma_min) / math.log(gamma)) + 1
-    levels = torch.logspace(math.log10(sigma_max), math.log10(sigma_min), count)
-    return levels, *langevin_settings(gamma)
-def langevin_settings(gamma, excess=0.06):
-    """(step, T), the fewest steps T that bring variance within `excess` of 1, in sigma_i^2.
-    If all images were 0, a step would be x = (1 - step) x + sqrt(2 step) sigma_i z; T turn variance
-    gamma^2 into (1 - step)^(2 T) (gamma^2 - b) + b, b = 2 / (2 - step) (2020, technique 4)."""
-    step = torch.logspace(-4, -0.01, 20000, dtype=torch.float64)
-    b, steps, error = 2 / (2 - step), 0, torch.ones(1)
+    sigma_max is the largest distance between two images: in that much noise they can hardly be
+    told apart, so sampling may begin with noise alone (2020, technique 1). To save time only the
+    500 images farthest from the mean are compared with all. But it is not less than the distance of
+    an image from 0, where the noise has its centre.
+    """
+    x = (images.flatten(1) + 0.5) / 128 - 1
+    sigma_data = x.square().mean().sqrt().item()
+    from_mean = (x - x.mean(0)).norm(dim=1)
+    far = x[from_mean.topk(min(500, len(x))).indices]
+    between = torch.cdist(far, x).max().item()
+    return sigma_data, max(between, x.norm(dim=1).max().item())
+
+
+def make_ladder(sigma_max, dim, sigma_min=SIGMA_MIN):
+    """Levels of langevin() and consistent(), a list from sigma_max down to sigma_min; dim = C H W.
+
+    Each level is gamma times the next. In many dimensions noise is a thin shell: its norm |sigma z|
+    is nearly N(sqrt(dim) sigma, sigma^2 / 2). A chain that has settled in the shell of one level
+    must find itself in that of the next, or the network would be shown what it never saw in
+    training (2020, technique 2). As in the paper, half of the narrower shell shall lie in the
+    wider. So the edge of the wider, its mean minus 3 standard deviations, is at the mean of the
+    narrower:
+        sqrt(dim) gamma sigma - 3 gamma sigma / sqrt(2) = sqrt(dim) sigma
+    Times sqrt(2) / sigma, and with root = sqrt(2 dim), this is gamma (root - 3) = root. In few
+    dimensions shells are thick and any gamma would do; it is then 3. The number of levels follows,
+    rounded up. CIFAR-10: gamma = 1.04, 277 levels.
+    """
+    root = math.sqrt(2 * dim)
+    gamma = root / (root - 3) if root > 4.5 else 3.0
+    count = max(2, math.ceil(math.log(sigma_max / sigma_min) / math.log(gamma)) + 1)
+    return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), count).tolist()
+
+
+def langevin_settings(levels, excess=0.06):
+    """(step_size, repeats) for langevin(): the fewest steps that finish each level.
+
+    Seen from one image, as if all others were far away, what counts is the noise: y, measured from
+    that image, has the score -y / sigma^2, and a step at level sigma is
+        y <- (1 - step_size) y + sqrt(2 step_size) sigma z.
+    It turns the variance v, in units of sigma^2, into (1 - step_size)^2 v + 2 step_size, and leaves
+    b = 2 / (2 - step_size) as it is. A chain enters from the level above with v = gamma^2, if it
+    has settled there, and after n steps
+        v = (1 - step_size)^(2 n) (gamma^2 - b) + b,
+    which must be within `excess` of 1 (2020, technique 4; what is left over from level to level is
+    neglected there too). 0.06 gives CIFAR-10 the paper's n = 5, with a step_size of 0.065.
+    """
+    gamma = levels[0] / levels[1]
+    step_size = torch.logspace(-4, -0.01, 20000, dtype=torch.float64)  # tries them all
+    b = 2 / (2 - step_size)
+    n = 0
+    error = torch.full_like(step_size, math.inf)
     while error.min() > excess:
-        steps += 1
-        error = ((1 - step) ** (2 * steps) * (gamma**2 - b) + b - 1).abs()
-    return step[error.argmin()].item(), steps
+        n += 1
+        error = ((1 - step_size) ** (2 * n) * (gamma**2 - b) + b - 1).abs()
+    return step_size[error.argmin()].item(), n
+
 
 def sample_sigma(count, sigma_data, sigma_max, focus=0.6, generator=None, device=None):
-    """One sigma an image, (count,), each from its own 1/count of the distribution (stratified):
-    ln sigma is logistic, of scale 0.7 about ln(focus sigma_data), and its tails cover the ladder.
-    Near it photos' shapes are decided: less noise hides texture only, more leaves mean colours."""
-    u = torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)
-    return (focus * sigma_data * (u / (count - u)) ** 0.7).clamp(SIGMA_MIN, sigma_max)
-# ------------------------------------------------------------------------------------------- loss
+    """A noise level for each of `count` images in training, (count,).
+
+    sigma has the median focus * sigma_data, and ln sigma is logistic with scale 0.7 (both were
+    found by trying). Near the median shapes are decided. Less noise hides only texture, and more
+    leaves only mean colours, for which few examples are enough.
+    The draws are stratified: the range of probability is cut into `count` equal slices, and each
+    image gets one of them, by chance. So every batch has the same mix of sigma, and its gradient
+    depends little on luck in drawing them.
+    """
+    slices = torch.randperm(count, generator=generator, device=device)
+    u = (slices + torch.rand(count, generator=generator, device=device)) / count
+    return (focus * sigma_data * torch.exp(0.7 * torch.logit(u))).clamp(SIGMA_MIN, sigma_max)
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
 def dequantise(images, generator=None):
-    """uint8 -> float in [-1, 1), evenly over the bin of each value, which is 2/256 wide."""
-    return (images + torch.rand(images.shape, generator=generator, device=images.device)) / 128 - 1
-def quantise(x):  # float -> uint8, the bin that x lies in
+    """uint8 -> float in [-1, 1]: a byte becomes a uniform draw from its bin, 2/256 wide."""
+    noise = torch.rand(images.shape, generator=generator, device=images.device)
+    return (images + noise) / 128 - 1
+
+
+def quantise(x):
+    """float -> uint8: the bin that x in [-1, 1] lies in; values beyond go to 0 or 255."""
     return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
+
+
 def denoising_loss(denoise, x, sigma, sigma_data, generator=None):
-    """Loss of each image, (B, C, H, W), (B,) -> (B,): NCSN's times 1 + sigma^2 / sigma_data^2."""
+    """mean((D(x + sigma z, sigma) - x)^2) / c_out^2 for each image: (B, C, H, W), (B,) -> (B,).
+
+    With the weight 1 / c_out^2 = 1 / sigma^2 + 1 / sigma_data^2 it is the squared error of F, whose
+    targets have mean square 1: how much a sigma counts is up to sample_sigma alone. NCSN's own
+    weight is 1 / sigma^2.
+    """
     z = torch.randn(x.shape, generator=generator, device=x.device)
-    error = denoise(x + sigma[:, None, None, None] * z, sigma) - x
-    return (1 / sigma**2 + 1 / sigma_data**2) * error.square().flatten(1).mean(1)
-# --------------------------------------------------------------------------------------- samplers
-# Each takes any score(x, sigma), starts at x = sigma_1 z (B, ...), walks along the levels (L,) and
-# ends with the denoising step x + sigma_L^2 score = D(x, sigma_L). After every step x becomes
-# hook(x, sigma), through which inpainting sets known pixels and pictures watch the chain.
-@torch.no_grad()
-def langevin(score, x, levels, step, steps, generator=None, hook=lambda x, sigma: x):
-    """Annealed Langevin dynamics (2019, algorithm 1, with a for its alpha / 2)."""
-    for sigma in levels:
-        a = step * sigma**2
-        for _ in range(steps):
-            z = torch.randn(x.shape, generator=generator, device=x.device)
-            x = hook(x + a * score(x, sigma) + (2 * a).sqrt() * z, sigma)
-    return hook(x + sigma**2 * score(x, sigma), 0 * sigma)
+    y = x + sigma[:, None, None, None] * z
+    weight = 1 / sigma**2 + 1 / sigma_data**2
+    return weight * (denoise(y, sigma) - x).square().flatten(1).mean(1)
+
+
+# ----------------------------------------------------------------------------------------- samplers
+# Each takes score(y, sigma) -> like y, starts at y = sigma_1 z (B, C, H, W) and walks down the
+# levels, a list of numbers. Noise of sigma_L is left in y then, and the last line of each takes it
+# off: y + sigma_L^2 score(y, sigma_L) = D(y, sigma_L). After every step y becomes
+# constrain(y, sigma), by which inpainting puts known pixels back.
+
+
+def unconstrained(y, sigma):
+    """No constraint."""
+    return y
+
+
+def keep_known(truth, known, generator=None):
+    """A constraint that inpaints: where `known`, the truth with as much noise as y has there."""
+
+    def constrain(y, sigma):
+        z = torch.randn(y.shape, generator=generator, device=y.device)
+        return torch.where(known, truth + sigma * z, y)
+
+    return constrain
+
 
 @torch.no_grad()
-def consistent(score, x, levels, freshness=1.0, generator=None, hook=lambda x, sigma: x):
+def langevin(score, y, levels, step_size, repeats, generator=None, constrain=unconstrained):
+    """Annealed Langevin dynamics (2020, algorithm 1): y <- y + alpha score + sqrt(2 alpha) z.
+
+    Steps along the score alone would end on the next peak of p. With noise of just this size small
+    steps lead any distribution to p. For p = N(0, 1), say, the score is -y, and a step turns the
+    variance v into (1 - alpha)^2 v + 2 alpha: up to alpha^2, v = 1 is what stays as it is.
+    The paper's alpha_i is epsilon sigma_i^2 / sigma_L^2; step_size stands for epsilon / sigma_L^2.
+    """
+    for sigma in levels:
+        alpha = step_size * sigma**2
+        for _ in range(repeats):
+            z = torch.randn(y.shape, generator=generator, device=y.device)
+            y = y + alpha * score(y, sigma) + math.sqrt(2 * alpha) * z
+            y = constrain(y, sigma)
+    last = levels[-1]
+    return constrain(y + last**2 * score(y, last), 0.0)
+
+
+@torch.no_grad()
+def consistent(score, y, levels, freshness=1.0, generator=None, constrain=unconstrained):
     """Consistent annealed sampling (Jolicoeur-Martineau et al. 2020, arXiv:2009.05475).
-    A step shrinks the noise to ratio^freshness of the next level and fills up with fresh noise:
-    none at freshness 0 (Euler on the probability flow), ancestral sampling at 1."""
-    for sigma, following in pairwise(levels):
-        ratio, z = following / sigma, torch.randn(x.shape, generator=generator, device=x.device)
-        x = x + (1 - ratio ** (1 + freshness)) * sigma**2 * score(x, sigma)
-        x = hook(x + (1 - ratio ** (2 * freshness)).sqrt() * following * z, following)
-    return hook(x + following**2 * score(x, following), 0 * following)
+
+    As sigma^2 score(y) = D - y, about minus the noise in y, the first step shrinks this noise from
+    sigma to ratio^freshness * following. The second adds new noise of such a size that the squares
+    of both sum to following^2, the noise of the next level. With freshness 0 there is no new
+    noise, which is Euler's method for the ODE of heun(). With 1 the new noise is that of ancestral
+    sampling in diffusion models, a share of 1 - ratio^2 of the variance.
+    """
+    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+        ratio = following / sigma
+        z = torch.randn(y.shape, generator=generator, device=y.device)
+        y = y + (1 - ratio ** (1 + freshness)) * sigma**2 * score(y, sigma)
+        y = y + math.sqrt(1 - ratio ** (2 * freshness)) * following * z
+        y = constrain(y, following)
+    last = levels[-1]
+    return constrain(y + last**2 * score(y, last), 0.0)
+
 
 def heun_levels(sigma_max, count=18, sigma_min=SIGMA_MIN, rho=7):
-    """(count,), fp64, denser towards sigma_min (Karras et al. 2022, equation 5)."""
-    return torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), count, dtype=float) ** rho
+    """Levels for heun() and bits_per_dim(), denser towards sigma_min (Karras et al., eq. 5)."""
+    ends = [sigma_max ** (1 / rho), sigma_min ** (1 / rho)]
+    return (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
+
+
+def precise(y):
+    """y in fp64, where its device has it: Apple's has none."""
+    return y.float() if y.device.type == "mps" else y.double()
+
 
 @torch.no_grad()
-def heun(score, x, levels, hook=lambda x, sigma: x, denoise=True):
-    """The probability flow (Karras et al. 2022, algorithm 1); x is fp64 between the levels."""
-    x = x.double()
-    for sigma, following in pairwise(levels):
-        first = -sigma * score(x.float(), sigma)
-        euler = x + (following - sigma) * first
-        second = -following * score(euler.float(), following)
-        x = hook(x + (following - sigma) * (first + second) / 2, following)
-    x = x + following**2 * score(x.float(), following) if denoise else x
-    return hook(x, 0 * following).float()
+def heun(score, y, levels, constrain=unconstrained):
+    """The probability flow dy/dsigma = -sigma score(y, sigma), by Heun's method (Karras et al.).
 
+    By Tweedie's formula the slope is (y - D) / sigma, the noise in y per unit of sigma: as sigma
+    falls, the noise shrinks with it. If y starts as a draw from p_sigma_1 and follows this slope,
+    it is a draw from p_sigma at every smaller sigma, as with Langevin dynamics (Song et al. 2021,
+    arXiv:2011.13456). A step of Heun's goes along the mean of the slopes at its two ends; the
+    second end is where Euler's method would arrive. y is kept in fp64, as in Karras et al.
+    """
+    y = precise(y)
+    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+        slope = -sigma * score(y.float(), sigma)
+        euler = y + (following - sigma) * slope
+        second_slope = -following * score(euler.float(), following)
+        y = y + (following - sigma) * (slope + second_slope) / 2
+        y = constrain(y, following)
+    last = levels[-1]
+    return constrain(y + last**2 * score(y.float(), last), 0.0).float()
+
+
+@torch.no_grad()
 def bits_per_dim(score, x, levels, generator=None):
-    """Bits a code needs per dequantised number of x, (B,), under the probability flow.
-    The flow carries x up from sigma_L to sigma_1, where its density is N(0, sigma_1^2 I). On the
-    way log p falls by the integral of the divergence of dx/dsigma (Song et al. 2021,
-    arXiv:2011.13456, equation 39), estimated as v . J v for one vector v of random signs."""
-    v = torch.randint(0, 2, x.shape, generator=generator, device=x.device) * 2.0 - 1
-    levels, divergences = levels.flip(0), []  # two for each step of heun()
-    @torch.enable_grad()
-    def watched(x, sigma):
-        s = score(x.requires_grad_(), sigma)
-        (vj,) = torch.autograd.grad((s * v).sum(), x)
-        divergences.append(-sigma * (vj * v).flatten(1).sum(1))
-        return s.detach()
-    end = heun(watched, x, levels, denoise=False)
-    gain = (levels.diff().repeat_interleave(2)[:, None] / 2 * torch.stack(divergences)).sum(0)
-    log_p = gain + torch.distributions.Normal(0, levels[-1]).log_prob(end).flatten(1).sum(1)
-    return 7 - log_p / (x[0].numel() * math.log(2))  # 7, because the bins are 2^-7 wide
-# ----------------------------------------------------------------------------------- bookkeeping
-def die(message):
-    """Bad input: one line on stderr, exit status 2."""
-    print("error:", *str(message).splitlines(), file=sys.stderr)
-    raise SystemExit(2)
-def learning_rate(step, total, peak):
-    """Half a cosine from peak to 0 under a linear warm-up of 5 % of the run, at most 500 steps."""
-    warmup = min(500, max(1, total // 20))
-    return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
-@torch.no_grad()
-def update_ema(ema, net, step, half_life):
-    """Average the weights, half-life in steps; in a young run, of 8 % of the steps so far."""
-    decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    """Bits for each number of x that a code made from the model would need: (B, C, H, W) -> (B,).
 
-def save_checkpoint(path, state):
-    """A dict of tensors and plain values, written whole or not at all; OSError if it cannot be."""
-    partial, whole = path.with_suffix(".tmp"), io.BytesIO()
-    torch.save({"model": NAME, **state}, whole)  # to a full disk it would raise a RuntimeError
+    The flow of heun() is taken upwards, from y = x at sigma_L to sigma_1, where y is distributed
+    as N(0, sigma_1^2 I), nearly. Where a flow diverges, density thins: along the path log p
+    changes by minus the divergence of dy/dsigma, so (Song et al. 2021, equation 39)
+        log p(x) = log N(y at sigma_1; 0, sigma_1^2 I) + integral of the divergence over sigma
+    The divergence is the trace of the Jacobian J, and for a vector v of random signs v . J v
+    has that trace as its mean, as v_i v_i = 1 and v_i v_j is 0 on average (Hutchinson). x
+    should be dequantised: its uniform noise has the std of sigma_L and stands in for Gaussian
+    noise.
+    """
+    signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
+    v = signs * 2.0 - 1
+
+    def slope_and_divergence(y, sigma):
+        with torch.enable_grad():
+            y = y.float().detach().requires_grad_()
+            slope = -sigma * score(y, sigma)
+            (v_times_J,) = torch.autograd.grad((slope * v).sum(), y)
+        return slope.detach(), (v_times_J * v).flatten(1).sum(1)
+
+    y = precise(x)
+    integral = 0.0
+    upwards = levels[::-1]
+    for sigma, following in zip(upwards[:-1], upwards[1:], strict=True):
+        rise = following - sigma
+        slope, divergence = slope_and_divergence(y, sigma)
+        second_slope, second_divergence = slope_and_divergence(y + rise * slope, following)
+        y = y + rise * (slope + second_slope) / 2
+        integral = integral + rise * (divergence + second_divergence) / 2
+    end = torch.distributions.Normal(0.0, upwards[-1])
+    log_p = end.log_prob(y).flatten(1).sum(1) + integral
+    dim = x[0].numel()
+    # A bin is 2^-7 wide in each dimension and so has about the probability p(x) 2^(-7 dim).
+    return 7 - log_p / (dim * math.log(2))
+
+
+# ------------------------------------------------------------------------------------ training step
+
+
+def training_step(net, optimizer, images, focus=0.6, generator=None):
+    """One step on uint8 images (B, C, H, W). Returns the loss before it, a tensor ()."""
+    x = dequantise(images, generator)
+    sigma = sample_sigma(len(x), net.sigma_data, net.sigma_max, focus, generator, x.device)
+    loss = denoising_loss(net, x, sigma, net.sigma_data, generator).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
+# -------------------------------------------------------------------------------------- bookkeeping
+# The same in nvae.py, ncsn.py and ebm.py. After the first two functions it is all about keeping the
+# checkpoint whole, and stopping and going on without loss: to learn the method, go on at train().
+
+
+def warmup_cosine(step, total):
+    """Factor of the learning rate: up over 5 % of a run (500 steps at most), then down to 0."""
+    warmup = min(500, max(1, total // 20))
+    half_cosine = (1 + math.cos(math.pi * step / total)) / 2
+    return min((step + 1) / warmup, half_cosine)
+
+
+@torch.no_grad()
+def update_ema(ema, net, step, share):
+    """Move the averaged weights `ema` towards those of net, after step number `step` = 0, 1, ...
+
+    The half-life is `share` of the steps so far, so about half of the average is from the last
+    `share` of them. With 0.05, that is the last 5 after 100 steps and the last 5,000 after 100,000:
+    a young run forgets how it began, and an old one averages over many steps.
+    """
+    half_life = share * (step + 1)
+    keep = 0.5 ** (1 / half_life)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
+
+
+def die(message):
+    """End the program with one line on stderr and exit status 2."""
+    one_line = " ".join(str(message).split())
+    print("error:", one_line, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def write_whole(path, data):
+    """Write bytes to a file whole or not at all: beside it first, then in its place."""
+    partial = path.with_suffix(".tmp")
     try:
-        partial.write_bytes(whole.getbuffer())
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, before the old file goes
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-def load_checkpoint(path):
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["model"] != NAME:
-            raise ValueError(f"{state['model']}.py wrote it")
-        return state
-    except Exception as error:  # missing, damaged or another model's: of many types
-        die(f"no {NAME} checkpoint in {path} ({type(error).__name__}: {str(error)[:80]!r}): train "
-            "first, or name the folder of a run with --out")
 
-def plot(path, x, lines, **axis):
-    """lines {name: values} over x as a PNG file."""
+
+CHECKPOINT_KEYS = ["args", "step", "seconds", "sums", "rows", "random", "data", "network", "ema"]
+
+
+def load_checkpoint(path):
+    """The dict of tensors and plain values that Run.save() wrote; no code in the file is run."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["model"] != NAME:
+            raise ValueError(f"{checkpoint['model']}.py wrote it")
+        for key in CHECKPOINT_KEYS:
+            if key not in checkpoint:
+                raise ValueError(f"it has no {key}: another version of {NAME}.py wrote it")
+        return checkpoint
+    except Exception as error:  # missing, damaged, another model's: of many types
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        die(f"no {NAME} checkpoint in {path} ({reason}): train first, or name a run with --out")
+
+
+def load_states(checkpoint, parts):
+    """Give each part, {name: module or optimizer}, its state from the checkpoint."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        die(f"the checkpoint does not fit this version of {NAME}.py ({str(error)[:200]})")
+
+
+def plot(path, lines, **axes_options):
+    """Draw lines {name: (xs, ys)}."""
     from matplotlib.figure import Figure
-    axes = Figure(layout="constrained").add_subplot(**axis)
-    axes.plot(x, torch.tensor(list(lines.values())).T, marker=".", label=list(lines))
+
+    axes = Figure(layout="constrained").add_subplot(**axes_options)
+    for name, (xs, ys) in lines.items():
+        axes.plot(xs, ys, marker=".", label=name)
     axes.legend()
     axes.figure.savefig(path)
-def write_log(rows, folder):
-    """log.csv, a row an epoch, and its losses and energies as curves.png."""
-    lines = [rows[0], *(row.values() for row in rows)]
-    (folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-    lines = {k: [row[k] for row in rows] for k in rows[0] if "loss" in k or k.startswith("E ")}
-    plot(folder / "curves.png", [row["epoch"] for row in rows], lines, xlabel="epoch")
-# ------------------------------------------------------------------------------------------ train
-def build(args, sigmas, device):
-    torch.manual_seed(args.seed)
-    net = ScoreNet(*sigmas, args.amp, width=args.width, mults=args.mults, blocks=args.blocks)
-    return net.to(device, memory_format=torch.channels_last)
+
+
+def write_log(rows, out):
+    """log.csv with a row an epoch, from dicts, and its losses and energies as curves.png."""
+    names = list(max(rows, key=len))  # in ebm.py the first rows have fewer
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(out / "log.csv", text.getvalue().encode())
+    lines = {}
+    for name in names:
+        if "loss" in name or name.startswith("E "):
+            there = [row for row in rows if name in row]
+            lines[name] = [row["epoch"] for row in there], [row[name] for row in there]
+    plot(out / "curves.png", lines, xlabel="epoch")
+
+
+class Run:
+    """A training run: where it stands, its log and checkpoint, and when it ends.
+
+    parts: {name: module or optimizer}, whose states a checkpoint keeps. facts: {name: plain value}
+    that it keeps too; facts["data"] says which training images. generator: the source of all noise.
+    """
+
+    def __init__(self, args, images, parts, facts, generator):
+        self.args = args
+        self.out = Path(args.out)
+        self.parts = parts
+        self.facts = facts
+        self.generator = generator
+        self.steps_per_epoch = len(images) // args.batch_size
+        self.total = args.epochs * self.steps_per_epoch
+        self.step = 0  # steps done
+        self.saved_step = None  # steps done in checkpoint.pt
+        self.seconds = 0.0  # of training
+        self.sums = {}  # name: (sum over this epoch, on the device; number of steps)
+        self.rows = []  # of log.csv
+        self.exit_status = None  # once there is a reason to stop
+        if self.steps_per_epoch == 0:
+            die(f"{len(images)} training images do not fill a batch: lower --batch-size")
+
+    def save(self):
+        state = {
+            "model": NAME,
+            "args": {flag: v for flag, v in vars(self.args).items() if flag not in HERE + USES},
+            "step": self.step,
+            "seconds": self.seconds,
+            "sums": self.sums,
+            "rows": self.rows,
+            "random": self.generator.get_state(),
+            **self.facts,
+            **{name: part.state_dict() for name, part in self.parts.items()},
+        }
+        file = io.BytesIO()  # not the file itself, as torch.save hides the error of a full disk
+        torch.save(state, file)
+        write_whole(self.out / "checkpoint.pt", file.getbuffer())
+        self.saved_step = self.step
+        self.saved_time = time.time()
+
+    def restore(self, checkpoint):
+        """Go on from a checkpoint of the same training images."""
+        trained = checkpoint["data"]
+        given = self.facts["data"]
+        if given != trained:
+            die(f"{self.out} was trained on {trained}, but --data {self.args.data} has {given}")
+        load_states(checkpoint, self.parts)
+        self.facts.update({name: checkpoint[name] for name in self.facts})
+        self.step = self.saved_step = checkpoint["step"]
+        self.seconds = checkpoint["seconds"]
+        self.sums = checkpoint["sums"]
+        self.rows = checkpoint["rows"]
+        if self.rows:
+            write_log(self.rows, self.out)  # it may lack the last row, if the end came in between
+        if len(checkpoint["random"]) == len(self.generator.get_state()):  # the same kind of device
+            self.generator.set_state(checkpoint["random"])
+
+    def epochs(self):
+        """The epochs to go. While they last, Ctrl-C and SIGTERM stop the run after a step."""
+        from tqdm import tqdm
+
+        args = self.args
+        count = sum(p.numel() for p in self.parts["net"].parameters())
+        where = f"{args.device} in {'bf16' if args.amp else 'fp32'}"
+        print(f"{count / 1e6:.2f} M parameters, step {self.step} of {self.total}, on {where}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        total = self.total * args.batch_size
+        done = self.step * args.batch_size
+        self.bar = tqdm(total=total, initial=done, unit="img", disable=None)
+        self.started = self.checked_time = self.saved_time = time.time()
+        signals = signal.SIGINT, signal.SIGTERM
+        before = {number: signal.signal(number, self.on_signal) for number in signals}
+        try:
+            yield from range(self.step // self.steps_per_epoch, args.epochs)
+        finally:
+            self.bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def batches(self, images):
+        """What is left of this epoch's images, in batches."""
+        from common import batches
+
+        epoch, skip = divmod(self.step, self.steps_per_epoch)
+        self.clock = time.time()
+        yield from batches(images, self.args.batch_size, self.args.seed, epoch, skip)
+
+    def record(self, terms):
+        """Count a step with its terms, {name: tensor ()}; stop the run if it is time.
+
+        It waits for the device, to check what came out, once a second and where an epoch ends.
+        """
+        self.latest = terms  # for ebm.py's check
+        for name, value in terms.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
+        self.step += 1
+        self.bar.update(self.args.batch_size)
+        now = time.time()
+        self.seconds += now - self.clock
+        self.clock = now
+        limit = self.args.time_limit
+        if self.exit_status is None and limit is not None and now - self.started > 60 * limit:
+            self.exit_status = 0
+        stops = self.exit_status is not None
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if now - self.checked_time < 1 and not stops and not ends_epoch:
+            return
+        self.checked_time = now
+        self.check()
+        if not ends_epoch:  # else end_epoch() does it
+            if stops or now - self.saved_time > 600:
+                self.save()
+            if stops:
+                self.leave(self.exit_status)
+
+    def means(self):
+        """{name: mean over this epoch's steps so far}."""
+        return {name: (total / count).item() for name, (total, count) in self.sums.items()}
+
+    def check(self):
+        """Show the means; end the run if weights are not finite, before such are saved."""
+        self.bar.set_postfix({name: f"{mean:.4g}" for name, mean in self.means().items()})
+        weights = [*self.parts["net"].parameters(), *self.parts["ema"].parameters()]
+        if not nn.utils.get_total_norm(weights).isfinite():
+            lower = f"--lr {self.args.lr / 3:.1g}"
+            advice = f"start again with {lower}"
+            if self.saved_step is not None:
+                out = shlex.quote(str(self.out))
+                advice = f"step {self.saved_step} is saved: --resume {lower} --out {out}"
+            raise FloatingPointError(f"weights are not finite at step {self.step}; {advice}")
+
+    def end_epoch(self, measured):
+        """Log the epoch, with what was measured after it as {name: number}; save; stop if due."""
+        before = self.rows[-1]["seconds"] if self.rows else 0.0
+        images = self.steps_per_epoch * self.args.batch_size
+        row = {"epoch": self.step // self.steps_per_epoch, "seconds": self.seconds}
+        row["images/s"] = images / max(self.seconds - before, 1e-9)
+        row.update(self.means())
+        row.update(measured)
+        self.rows.append(row)
+        self.sums = {}
+        self.save()
+        write_log(self.rows, self.out)
+        self.bar.write("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
+        if self.exit_status is not None:
+            self.leave(self.exit_status)
+
+    def on_signal(self, number, frame):
+        """Stop after this step; at once if it is the second signal or nothing would be lost."""
+        if self.exit_status is not None or self.step == self.saved_step:
+            self.leave(128 + number)
+        self.exit_status = 128 + number
+
+    def leave(self, status):
+        """End the program and say how to go on."""
+        self.bar.close()
+        why = {0: "time limit", 128 + signal.SIGINT: "interrupted"}.get(status, "terminated")
+        saved = "nothing is saved"
+        if self.saved_step is not None:
+            out = shlex.quote(str(self.out))
+            saved = f"saved step {self.saved_step} of {self.total}, go on with --resume --out {out}"
+        print(f"{why}: {saved}")
+        raise SystemExit(status)
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
 def test_loss(net, images, sigma=None):
-    """Mean loss of uint8 images, noise fixed, at sigmas of focus .6 or at the one given."""
-    g, total = torch.Generator(images.device).manual_seed(0), 0.0
-    for x in images.split(250):
-        s = sample_sigma(len(x), net.sigma_data, net.sigma_max, generator=g, device=x.device)
-        s = torch.full_like(s, sigma) if sigma else s
-        total += denoising_loss(net, dequantise(x, g), s, net.sigma_data, g).sum().item()
+    """Mean loss of uint8 images with noise that is always the same, at one sigma or at all."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    total = 0.0
+    for batch in images.split(250):
+        count = len(batch)
+        if sigma is None:  # whatever --focus is, so that runs compare
+            sigmas = sample_sigma(
+                count, net.sigma_data, net.sigma_max, 0.6, generator, batch.device
+            )
+        else:
+            sigmas = torch.full((count,), sigma, device=batch.device)
+        x = dequantise(batch, generator)
+        total += denoising_loss(net, x, sigmas, net.sigma_data, generator).sum().item()
     return total / len(images)
 
-def train(args, state, device, out):
-    """Start, or go on from the checkpoint `state`."""
-    from tqdm import tqdm
-    from common import batches, load, save_grid
-    images, test = (split.to(device) for split in load(args.data, args.subset))
-    size, steps = args.batch_size, len(images) // args.batch_size  # steps an epoch
-    if not steps:
-        die(f"{len(images)} training images do not fill a batch: lower --batch-size")
-    total, losses = args.epochs * steps, torch.zeros(steps, device=device)  # losses of an epoch
-    step, seconds, rows, sigmas = 0, 0.0, [], state["sigmas"] if state else measure(images)
-    net, g = build(args, sigmas, device), torch.Generator(device).manual_seed(args.seed)
+
+def describe_network(args, images):
+    """The arguments of ScoreNet, by name; a checkpoint keeps them."""
+    sigma_data, sigma_max = measure(images)
+    flags = {flag: getattr(args, flag) for flag in NETWORK_FLAGS}
+    return {**flags, "channels": images.shape[1], "sigma_data": sigma_data, "sigma_max": sigma_max}
+
+
+def build(args, network):
+    """The network with these arguments, by name, on the device of the run."""
+    try:
+        net = ScoreNet(**network, amp=args.amp)
+    except (TypeError, ValueError) as error:
+        die(error)
+    return net.to(args.device, memory_format=torch.channels_last)
+
+
+def train(args, checkpoint=None):
+    """Train on --data from the start or, given a checkpoint, from where that was saved."""
+    from common import fingerprint, load, save_grid
+
+    images, test = (split.to(args.device) for split in load(args.data, args.subset))
+    shape = list(images.shape[1:])
+    network = checkpoint["network"] if checkpoint else describe_network(args, images)
+    torch.manual_seed(args.seed)
+    net = build(args, network)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
-    parts = {"net": net, "ema": ema, "optimizer": optimizer}
-    if state:
-        step, seconds, rows = state["step"], state["seconds"], state["rows"]
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
-        len(g.get_state()) == len(state["random"]) and g.set_state(state["random"])  # same device
-        losses[: len(state["losses"])] = state["losses"].to(device)
-    if args.compile:
-        net.F, ema.F = torch.compile(net.F), torch.compile(ema.F)
-    levels, share, turns = make_ladder(sigmas[1], images[0].numel())
-    print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
-          f", step {step} of {total} on {device}{', bf16' * args.amp}; {len(levels)} levels, sigma "
-          f"{sigmas[1]:.1f} to {SIGMA_MIN:.4f}, {turns} Langevin steps of {share:.4f} sigma^2 each")
-    out.mkdir(parents=True, exist_ok=True)
-    def save():
-        save_checkpoint(out / "checkpoint.pt", {
-            "args": {key: getattr(args, key) for key in KEPT}, "sigmas": sigmas, "rows": rows,
-            "epoch": step // steps, "step": step, "seconds": seconds, "random": g.get_state(),
-            "losses": losses, **{key: part.state_dict() for key, part in parts.items()}})
-    stop = []  # why, once there is a reason; a second Ctrl-C does not wait for the end of the step
-    signal.signal(signal.SIGINT, lambda *signal_and_frame: (
-        signal.default_int_handler(*signal_and_frame) if stop else stop.append("interrupted")))
-    bar = tqdm(total=total * size, initial=step * size, unit="img", disable=None)
-    begin, shown = time.time(), 0
-    while step < total and not stop:
-        tick, first = time.time(), step
-        for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr)
-            sigma = sample_sigma(size, *sigmas, args.focus, g, device)
-            loss = denoising_loss(net, dequantise(x, g), sigma, sigmas[0], g).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            update_ema(ema, net, step, args.ema * total)
-            losses[step % steps] = loss.detach()
-            step, now = step + 1, time.time()
-            bar.update(size)
-            if args.time_limit is not None and now - begin > 60 * args.time_limit:
-                stop.append("time limit")
-            if now - shown > 1 or stop or step % steps == 0:  # the only wait for the device
-                losses[(step - 1) % steps] += 0 * sum(p.sum() for p in ema.parameters())  # or nan
-                bad = (~losses[: (step - 1) % steps + 1].isfinite()).nonzero().flatten().tolist()
-                if bad:
-                    raise FloatingPointError(
-                        f"loss not finite at step {(step - 1) // steps * steps + bad[0]}; {out} is "
-                        f"as before: --resume or, elsewhere, start with --lr {args.lr / 3:.1g}")
-                bar.set_postfix(loss=f"{loss.item():.3f}", epoch=f"{step / steps:.1f}")
-                shown = now
-            if stop:
-                break
-        seconds += time.time() - tick
-        if step % steps == 0:
-            rate = (step - first) * size / (time.time() - tick)
-            rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds, "train loss":
-                         losses.mean().item(), "test loss": test_loss(ema, test[:1000])})
-            save()
-            write_log(rows, out)
-            bar.write("  ".join(f"{key} {value:.5g}" for key, value in rows[-1].items()))
-        if step == total or step % (steps * args.sample_every) == 0:
-            z = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(args.seed))
-            x = quantise(sample(args, ema, z.to(device), sampler="heun"))
-            save_grid(x, out / f"samples_{step // steps:04d}.png")
-    bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if step < total:
-        save()
-        print(f"{stop[0]}: saved step {step} of {total}, go on with --resume --out {out}")
-        raise SystemExit(130 if stop[0] == "interrupted" else 0)
-    draw_stages_and_nearest(args, ema, images, out)
-# ------------------------------------------------------------------------------------------- uses
-def sample(args, net, z, g=None, sampler=None, **hook):
-    """Images in [-1, 1] from standard normal z (B, 3, 32, 32), by args.sampler or the one named."""
-    from tqdm import tqdm
-    ladder, *settings = make_ladder(net.sigma_max, z[0].numel())
-    run, levels, *rest = {"langevin": (langevin, ladder, *settings, g),
-                          "consistent": (consistent, ladder, args.freshness, g),
-                          "heun": (heun, heun_levels(net.sigma_max))}[sampler or args.sampler]
-    bar = tqdm(levels.to(z.device), desc=run.__name__, unit="level", leave=False, disable=None)
-    return run(net.score, net.sigma_max * z, bar, *rest, **hook)
-def draw_stages_and_nearest(args, net, images, out):
-    """Eight chains, a row a stage; their ends, each beside its seven nearest images (by L2)."""
-    from common import save_grid
-    g, chain = torch.Generator(images.device).manual_seed(args.seed), []
-    z = torch.randn(8, 3, 32, 32, generator=g, device=images.device)
-    x = quantise(sample(args, net, z, g, "consistent", hook=lambda x, s: chain.append(x) or x))
-    stages = torch.cat(chain[:: -len(chain) // 9][:8][::-1])  # of the ladder's lower part
-    save_grid(quantise(stages), out / "stages.png")
-    far = torch.cdist(x.flatten(1).float(), images.flatten(1).float())
-    near = images[far.topk(min(7, len(images)), largest=False).indices]  # (8, 7, 3, 32, 32)
-    rows = torch.cat([x[:, None], near], dim=1)
-    save_grid(rows.flatten(0, 1), out / "nearest.png", columns=rows.shape[1])
-def restore(truth, known, g=None):
-    """A hook that sets the known pixels to the truth with the noise of the level (2019, B.3)."""
-    return lambda x, sigma: torch.where(
-        known, truth + sigma * torch.randn(x.shape, generator=g, device=x.device), x)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
 
-def apply(args, state, device, out):
-    """What --generate, --interpolate, --inpaint and --evaluate do with the trained weights."""
-    from common import export, load, save_grid
-    net = build(args, state["sigmas"], device).requires_grad_(False)
-    net.load_state_dict(state["ema"])
-    g = torch.Generator(device).manual_seed(args.seed)
-    test = load(args.data)[1].to(device) if args.inpaint or args.evaluate else None
-    for start in range(0, args.generate or 0, 256):
-        z = torch.randn(min(256, args.generate - start), 3, 32, 32, generator=g, device=device)
-        x = quantise(sample(args, net, z, g))
+    parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    data = f"{len(images)} images {fingerprint(images)}"
+    facts = {"network": network, "shape": shape, "data": data}
+    run = Run(args, images, parts, facts, generator)
+    if checkpoint:
+        run.restore(checkpoint)
+    if args.compile:
+        net.F = torch.compile(net.F)
+        ema.F = torch.compile(ema.F)
+
+    for epoch in run.epochs():
+        for batch in run.batches(images):
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * warmup_cosine(run.step, run.total)
+            loss = training_step(net, optimizer, batch, args.focus, generator)
+            update_ema(ema, net, run.step, args.ema)
+            run.record({"train loss": loss})
+        run.end_epoch({"test loss": test_loss(ema, test[:1000])})
+        if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.epochs:
+            fixed = torch.Generator(args.device).manual_seed(args.seed)
+            z = torch.randn(64, *shape, generator=fixed, device=args.device)
+            x = sample(args, ema, z, "heun")
+            save_grid(quantise(x), run.out / f"samples_{epoch + 1:04d}.png")
+    draw_stages_and_nearest(args, ema, images, run.out)
+
+
+# --------------------------------------------------------------------------------------------- uses
+# What can be done with trained weights: a function for each flag. They write into --out.
+
+
+def sample(args, net, z, sampler=None, generator=None, constrain=unconstrained):
+    """Images in [-1, 1] from standard normal z (B, C, H, W), by --sampler or by the one named."""
+    from tqdm import tqdm
+
+    with tqdm(desc="sampling", unit="call", leave=False, disable=None) as bar:
+
+        def score(y, sigma):
+            bar.update()
+            return net.score(y, sigma)
+
+        y = net.sigma_max * z
+        sampler = sampler or args.sampler
+        if sampler == "heun":
+            return heun(score, y, heun_levels(net.sigma_max), constrain)
+        ladder = make_ladder(net.sigma_max, y[0].numel())
+        if sampler == "consistent":
+            return consistent(score, y, ladder, args.freshness, generator, constrain)
+        return langevin(score, y, ladder, *langevin_settings(ladder), generator, constrain)
+
+
+def draw_stages_and_nearest(args, net, images, out):
+    """stages.png: eight chains, a row a stage. nearest.png: their ends and the nearest images."""
+    from common import save_grid
+
+    chain = []
+
+    def remember(y, sigma):
+        chain.append(quantise(y))
+        return y
+
+    generator = torch.Generator(images.device).manual_seed(args.seed)
+    z = torch.randn(8, *images.shape[1:], generator=generator, device=images.device)
+    x = quantise(sample(args, net, z, "consistent", generator, remember))
+    ninths = range(2, 10)  # the first ninth is nothing but noise
+    stages = [chain[len(chain) * k // 9 - 1] for k in ninths]
+    save_grid(torch.cat(stages), out / "stages.png")
+
+    distances = torch.cdist(x.flatten(1).float(), images.flatten(1).float())
+    nearest = distances.topk(min(7, len(images)), largest=False).indices
+    rows = torch.cat([x[:, None], images[nearest]], dim=1)  # (8, 1 + 7, C, H, W)
+    save_grid(rows.flatten(0, 1), out / "nearest.png", columns=rows.shape[1])
+
+
+def generate(args, net, shape):
+    """--generate N: PNG files, drawn 256 at a time."""
+    from common import export, save_grid
+
+    out = Path(args.out)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    for start in range(0, args.generate, 256):
+        count = min(256, args.generate - start)
+        z = torch.randn(count, *shape, generator=generator, device=args.device)
+        x = quantise(sample(args, net, z, generator=generator))
         export(x, out / "generated", start)
         if start == 0:
             save_grid(x[:64], out / "generated.png")
-        print(f"{start + len(x)} of {args.generate} images in {out / 'generated'}")
-    if args.interpolate:  # each row along the sphere between two draws of noise
-        ends = torch.randn(2, 8, 1, 3, 32, 32, generator=g, device=device)
-        angle = torch.linspace(0, math.pi / 2, 8, device=device)[:, None, None, None]
-        z = (angle.cos() * ends[0] + angle.sin() * ends[1]).flatten(0, 1)
-        save_grid(quantise(sample(args, net, z, sampler="heun")), out / "interpolate.png")
-    if args.inpaint:  # rows of a test image, the same without its centre, and six completions
-        known = nn.functional.pad(torch.zeros(16, 16, device=device), [8] * 4, value=1).bool()
-        truth = dequantise(test[:6, None], g)
-        many = truth.expand(-1, 6, -1, -1, -1).flatten(0, 1)
-        z = torch.randn(many.shape, generator=g, device=device)
-        x = sample(args, net, z, g, hook=restore(many, known, g)).unflatten(0, (-1, 6))
-        rows = torch.cat([truth, torch.where(known, truth, 0), x], dim=1)
-        save_grid(quantise(rows.flatten(0, 1)), out / "inpaint.png")
-    if args.evaluate:
-        sigmas = torch.logspace(math.log10(SIGMA_MIN), math.log10(net.sigma_max), 17).tolist()
-        losses = [test_loss(net, test[:1000], sigma) for sigma in sigmas]
-        plot(out / "loss_by_sigma.png", sigmas, {"test loss": losses}, xlabel="sigma", xscale="log")
-        print(*map("sigma {:9.4f}  loss {:.4f}".format, sigmas, losses), sep="\n")
-        net.amp, levels = False, heun_levels(net.sigma_max, 128).to(device)  # exact, not bf16
-        bits = torch.cat([bits_per_dim(net.score, dequantise(x, g), levels, g)
-                          for x in test[: args.bits_images].split(100)])
-        print(f"bits/dim {bits.mean():.3f}, standard error {bits.std() / len(bits) ** 0.5:.3f}, "
-              f"of {len(bits)} test images")
-# -------------------------------------------------------------------------------------------- CLI
-KEPT = ["width", "mults", "blocks", "data", "subset", "batch_size", "seed",  # fixed by a
-        "epochs", "lr", "ema", "focus", "sample_every"]  # checkpoint; remembered by it
-def parse(argv=None):
-    """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: die(f"{message} (see --help)")
-    tick, switch = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
-    def flag(name, default, text, **options):
-        kind = {} if "action" in options else {"type": type(default)}
-        text += f" (default: {default})" if default else ""
-        group.add_argument(name, default=default, help=text, **{**kind, **options})
-    group = parser.add_argument_group("the same in nvae.py, ncsn.py and ebm.py")
-    flag("--data", "cifar10", "cifar10, shapes, a folder of images or a .npz file")
-    flag("--subset", 0, "train on that many images only; 0, the default, is all")
-    flag("--epochs", 50, "passes over the training images")
-    flag("--batch-size", 128, "images a step")
-    flag("--lr", 5e-4, "highest learning rate")
-    flag("--ema", 0.05, "half-life of the average of weights, as a share of the run")
-    flag("--seed", 0, "of weights, order of images and noise; 0 by default")
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here = [*["cuda"][: len(gpus)], *gpus, "cpu"]
-    flag("--device", here[0], "where to compute", choices=here)
-    flag("--amp", None, "bf16 in the network; by default on cuda and cpus that have it", **switch)
-    flag("--compile", None, "torch.compile; by default on cuda", **switch)
-    flag("--out", f"runs/{NAME}", "folder of the run")
-    flag("--resume", False, "go on from the checkpoint in --out", **tick)
-    flag("--time-limit", None, "then save and stop", type=float, metavar="MINUTES")
-    flag("--sample-every", 5, "epochs from one grid of samples to the next")
-    flag("--generate", None, "only write that many samples as PNG files", type=int, metavar="N")
-    flag("--evaluate", False, "only measure on the test images", **tick)
-    group = parser.add_argument_group(NAME)
-    flag("--width", 128, "channels at 32x32, a multiple of 4")
-    flag("--mults", [1, 2, 2], "channels at 32x32, 16x16, ..., in units of the width",
-         type=lambda text: [int(m) for m in text.split(",")], metavar="M,M,...")
-    flag("--blocks", 3, "residual blocks each way at a resolution")
-    flag("--focus", 0.6, "median sigma of training, in units of the images' root mean square")
-    flag("--sampler", "langevin", "how to draw images", choices=["langevin", "consistent", "heun"])
-    flag("--freshness", 1.0, "noise renewed by consistent: 0 none (flow), 1 ancestral")
-    flag("--inpaint", False, "only complete test images whose centre is hidden", **tick)
-    flag("--interpolate", False, "only draw the ways between samples", **tick)
-    flag("--bits-images", 100, "test images whose bits/dim --evaluate measures")
-    args, state = parser.parse_args(argv), None
-    path = Path(args.out) / "checkpoint.pt"
-    use = args.generate or args.evaluate or args.inpaint or args.interpolate
-    if use or args.resume:
-        state = load_checkpoint(path)
-        parser.set_defaults(**state["args"])
-        args = parser.parse_args(argv)
-        for key in KEPT[: 3 if use else 7]:
-            if getattr(args, key) != state["args"][key]:
-                name = key.replace("_", "-")
-                die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
-    elif path.exists():
-        die(f"{path} is there already: go on with --resume, or name another folder with --out")
-    for key, value in vars(args).items():
-        low = 0 if key in ("subset", "lr", "seed", "time_limit", "freshness") else 1e-9  # above 0
-        if type(value) in (int, float) and not low <= value < 2**31:
-            die(f"--{key.replace('_', '-')} {value} is out of range")
-    if args.width % 4 or min(args.mults) < 1 or len(args.mults) > 6:
-        die("--width takes a multiple of 4, --mults takes up to 6 numbers above 0")
-    return args, state, use
-def main(argv=None):
-    args, state, use = parse(argv)
-    device, gpu = torch.device(args.device), args.device != "cpu"
-    args.compile = gpu if args.compile is None else args.compile
-    bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # bool() is False
-    args.amp = gpu or bf16() if args.amp is None else args.amp
+        print(f"{start + count} of {args.generate} images in {out / 'generated'}")
+
+
+def interpolate_noise(args, net, shape):
+    """--interpolate: a row leads from one noise to another; cos^2 + sin^2 = 1 keeps its std."""
+    from common import save_grid
+
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    start, end = torch.randn(2, 8, 1, *shape, generator=generator, device=args.device)
+    angle = torch.linspace(0, math.pi / 2, 8, device=args.device)[:, None, None, None]
+    z = angle.cos() * start + angle.sin() * end  # (8 rows, 8 columns, C, H, W)
+    x = sample(args, net, z.flatten(0, 1), "heun")
+    save_grid(quantise(x), Path(args.out) / "interpolate.png")
+
+
+def inpaint(args, net, test):
+    """--inpaint: a test image a row, the same without its middle, and six ways to fill that."""
+    from common import save_grid
+
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    truth = dequantise(test[:6, None], generator)  # (6, 1, C, H, W)
+    height, width = truth.shape[-2:]
+    known = torch.ones(height, width, dtype=torch.bool, device=args.device)
+    known[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = False
+    six = truth.expand(-1, 6, -1, -1, -1).flatten(0, 1)
+    z = torch.randn(six.shape, generator=generator, device=args.device)
+    x = sample(args, net, z, None, generator, keep_known(six, known, generator))
+    hidden = torch.where(known, truth, 0)
+    rows = torch.cat([truth, hidden, x.unflatten(0, (-1, 6))], dim=1)
+    save_grid(quantise(rows.flatten(0, 1)), Path(args.out) / "inpaint.png")
+
+
+def evaluate(args, net, test):
+    """--evaluate: the loss at seventeen noise levels, and bits/dim of some test images."""
+    sigmas = torch.logspace(math.log10(SIGMA_MIN), math.log10(net.sigma_max), 17).tolist()
+    losses = [test_loss(net, test[:1000], sigma) for sigma in sigmas]
+    for sigma, loss in zip(sigmas, losses, strict=True):
+        print(f"sigma {sigma:9.4f}  loss {loss:.4f}")
+    lines = {"test loss": (sigmas, losses)}
+    plot(Path(args.out) / "loss_by_sigma.png", lines, xlabel="sigma", xscale="log")
+
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    net.amp = False  # a density in bf16 would be a guess
+    levels = heun_levels(net.sigma_max, 128)
+    bits = []
+    for batch in test[: args.bits_images].split(100):
+        bits.append(bits_per_dim(net.score, dequantise(batch, generator), levels, generator))
+    bits = torch.cat(bits)
+    error = f", standard error {bits.std() / len(bits) ** 0.5:.3f}" if len(bits) > 1 else ""
+    print(f"bits/dim {bits.mean():.3f}{error}, of {len(bits)} test images")
+
+
+def use(args, checkpoint):
+    """Do what the flags ask for with the averaged weights of a checkpoint."""
+    from common import load
+
+    net = build(args, checkpoint["network"]).requires_grad_(False)
+    load_states(checkpoint, {"ema": net})
+    if args.generate:
+        generate(args, net, checkpoint["shape"])
+    if args.interpolate:
+        interpolate_noise(args, net, checkpoint["shape"])
+    if args.inpaint or args.evaluate:
+        test = load(args.data)[1].to(args.device)
+        if args.inpaint:
+            inpaint(args, net, test)
+        if args.evaluate:
+            evaluate(args, net, test)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+HERE = ["device", "amp", "compile", "out", "resume", "time_limit"]  # checkpoints do not keep them
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line, without the usage."""
+
+    def error(self, message):
+        die(f"{message} (see --help)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the docstring as it is."""
+
+
+def number(kind, low, above=False, most=2**31 - 1):
+    """For add_argument(type=...): an int or float from low (or above it) to most."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= most or (above and value == low):
+            raise ValueError
+        return value
+
+    convert.__name__ = (
+        f"{kind.__name__} {'above' if above else 'from'} {low} to {most}"  # in errors
+    )
+    return convert
+
+
+def numbers(low, most):
+    """For add_argument(type=...): up to `most` ints of at least `low`, as in 1,2,3."""
+
+    def convert(text):
+        values = [int(part) for part in text.split(",")]
+        if min(values) < low or max(values) < 1 or len(values) > most:
+            raise ValueError
+        return values
+
+    convert.__name__ = f"list of up to {most} ints of at least {low}"
+    return convert
+
+
+def device(text):
+    """For add_argument(type=...): a torch.device that can compute."""
     try:
-        (apply if use else train)(args, state, device, Path(args.out))
+        place = torch.device(text)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({reason})") from None
+    return place
+
+
+def shared_parser(lr):
+    """The flags that nvae.py, ncsn.py and ebm.py have in common."""
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
+    count = number(int, 1)
+    share = number(float, 0, above=True)
+    fastest = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument
+    add("--data", default="cifar10", help="cifar10, shapes, a folder of images or a .npz file")
+    add("--subset", default=0, type=number(int, 0), help="train on that many images, 0 for all")
+    add("--epochs", default=50, type=count, help="passes over the training images")
+    add("--batch-size", default=128, type=count, help="images a step")
+    add("--lr", default=lr, type=number(float, 0), help="highest learning rate")
+    add("--ema", default=0.05, type=share, help="half-life of averaged weights / steps so far")
+    add("--seed", default=0, type=number(int, 0), help="of weights, order of images and noise")
+    add("--device", default=str(fastest), type=device, help="cpu, cuda, cuda:1, mps, xpu, ...")
+    add("--amp", action=switch, help="bf16 in the network; if not given, where it is native")
+    add("--compile", action=switch, help="torch.compile; if not given, on cuda")
+    add("--out", default=f"runs/{NAME}", help="folder of the run")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--time-limit", type=number(float, 0), metavar="MINUTES", help="save and stop after that")
+    add("--sample-every", default=5, type=count, help="epochs from one picture to the next")
+    add("--generate", type=count, metavar="N", help="only write N samples as PNG files")
+    add("--evaluate", action="store_true", help="only measure on the test images")
+    return parser
+
+
+USES = ["generate", "evaluate", "inpaint", "interpolate"]  # of trained weights
+NETWORK_FLAGS = ["width", "mults", "blocks"]  # cannot be changed when weights are there
+RUN_FLAGS = ["batch_size", "seed", "subset"]  # nor can these when training goes on
+
+
+def make_parser():
+    """All flags of this script."""
+    parser = shared_parser(lr=5e-4)
+    add = parser.add_argument_group(NAME).add_argument
+    count = number(int, 1)
+    median = number(float, 0, above=True)
+    share = number(float, 0, most=1)
+    widths = numbers(1, most=6)
+    samplers = ["langevin", "consistent", "heun"]
+    add("--width", default=128, type=number(int, 2), help="channels at full resolution")
+    add("--mults", default=[1, 2, 2], type=widths, metavar="M,M,...", help="widths by resolution")
+    add("--blocks", default=3, type=count, help="residual blocks each way at a resolution")
+    add("--focus", default=0.6, type=median, help="median sigma in units of the images' rms")
+    add("--sampler", default="langevin", choices=samplers, help="how --generate, --inpaint draw")
+    add(
+        "--freshness", default=1.0, type=share, help="new noise in consistent: 0 none, 1 as in DDPM"
+    )
+    add("--inpaint", action="store_true", help="only complete test images without their middle")
+    add("--interpolate", action="store_true", help="only draw the ways between samples")
+    add("--bits-images", default=100, type=count, help="test images for bits/dim in --evaluate")
+    return parser
+
+
+def parse(argv=None):
+    """(args, checkpoint or None). A checkpoint's flags stand in for those that are not given."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    path = Path(args.out) / "checkpoint.pt"
+    uses = any(getattr(args, use) for use in USES)
+    if not uses and not args.resume:
+        if path.exists():
+            die(f"{path} is there already: go on with --resume, or name another folder with --out")
+        return args, None
+    checkpoint = load_checkpoint(path)
+    parser.set_defaults(**checkpoint["args"])
+    args = parser.parse_args(argv)
+    for flag in NETWORK_FLAGS + ([] if uses else RUN_FLAGS):
+        trained = checkpoint["args"].get(flag)
+        if getattr(args, flag) != trained:
+            name = flag.replace("_", "-")
+            die(f"{path} was trained with --{name} {trained}: leave that flag out")
+    return args, checkpoint
+
+
+def bf16_is_native(place):
+    """Whether the device multiplies in bf16; where it only imitates that, fp32 is faster."""
+    if place.type == "cuda":
+        return torch.cuda.get_device_capability(place) >= (8, 0)
+    if place.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def main(argv=None):
+    """Train, or use trained weights, as the command line says."""
+    if sys.version_info < (3, 10):  # noqa: UP036
+        die("Python 3.10 or later is needed")
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):  # lines at once, in any terminal's characters
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    args, checkpoint = parse(argv)
+    if args.amp is None:
+        args.amp = bf16_is_native(args.device)
+    if args.compile is None:  # its compiler, Triton, needs a GPU of capability 7
+        cuda = args.device.type == "cuda"
+        args.compile = cuda and torch.cuda.get_device_capability(args.device) >= (7, 0)
+    try:
+        if any(getattr(args, use) for use in USES):
+            use(args, checkpoint)
+        else:
+            train(args, checkpoint)
     except OSError as error:
-        die(f"{error}; what was there before is kept: mend that, then --resume")
+        die(f"{error} (checkpoint.pt and log.csv are written whole or not at all)")
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         die(error)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(128 + signal.SIGINT) from None
+
 
 if __name__ == "__main__":
     main()

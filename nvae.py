@@ -1,86 +1,216 @@
-"""NVAE: a hierarchical variational autoencoder on 32x32 images, in one file (data from common.py).
+"""NVAE: a hierarchical variational autoencoder that draws images. common.py loads the data.
 
-A VAE explains an image x by latent variables z: draw z ~ p(z), then x ~ p(x|z). A second network
-q(z|x) guesses the z behind an x; both learn by raising a lower bound of ln p(x). Vahdat & Kautz
-(2020, arXiv:2007.03898) cut z into groups z_1 ... z_G, maps at several scales from coarse to fine:
-    p(z) = prod_i p(z_i | z_<i)                     q(z|x) = prod_i q(z_i | z_<i, x)
-An encoder goes bottom-up over x and keeps a feature map for each group. One top-down path serves
-training and sampling: from a learned tensor h on, group i puts h through cells (if i > 1), reads
-p(z_i | z_<i) = N(mu, sigma^2) off h, takes z_i, from q where there is an image and else from p, and
-adds it to h, which after the last group gives p(x|z). q is relative to p (section 3.2): the encoder
-adds to mu and ln sigma of p; then mu <- 5 tanh(mu / 5), sigma <- exp(5 tanh(ln sigma / 5)) + .01.
-The loss, in nats an image, is minus the bound and a price on steep functions of x and z:
-    loss = -ln p(x|z) + beta sum_i gamma_i KL(q(z_i | z_<i, x) || p(z_i | z_<i)) + lambda R,  z ~ q
-beta rises to 1 in the first --kl-warmup epochs; meanwhile gamma_i, growing with KL_i, shares
-the burden among groups (appendix A), afterwards gamma = 1. R sums the largest singular values of
-all convolutions and the largest BatchNorm factors. A pixel has sum_k w_k prod_colours P_k(v), over
-M discretised logistics (arXiv:1701.05517), mean m, scale s; for byte v, x = v / 127.5 - 1,
-    P(v) = S((x - m + 1/255) / s) - S((x - m - 1/255) / s),     S(a) = 1 / (1 + exp(-a))
-where m is linear in the colours before; bytes 0 and 255 take the tails. K draws of z bound tighter:
-    ln p(x) >= E ln mean_k p(x|z_k) p(z_k) / q(z_k|x)          (Burda et al. 2016, arXiv:1509.00519)
-    python nvae.py --epochs 50                                train on CIFAR-10, files in runs/nvae
+A VAE explains an image x by hidden causes z: draw z from p(z), then x from p(x|z). A second
+network, q(z|x), guesses the z behind a given x. Both learn by raising a lower bound of ln p(x),
+    mean of ln p(x|z) - KL,      KL = ln q(z|x) - ln p(z),      over z from q(z|x).
+NVAE (Vahdat & Kautz 2020, arXiv:2007.03898) cuts z into groups z_1 ... z_G: maps with n numbers
+(latents) per pixel at several resolutions, each drawn in view of those before, layout first.
+    p(z) = prod_i p(z_i | z_1 ... z_i-1)           q(z|x) = prod_i q(z_i | z_1 ... z_i-1, x)
+
+With --groups 2,1 there are two groups at half the resolution of x and one at a quarter. The encoder
+reads x from fine to coarse and leaves a feature for each group. Then h, at first a learned
+constant, goes from coarse to fine through cells (residual networks), and each group adds its z_i:
+h <- cells(h), z_i drawn from p or q, h <- h + layer(z_i).
+              encoder, bottom-up                              top-down
+    32x32     x -> cells                                      cells -> logits, which give p(x|z)
+                    v                                           ^
+    16x16         cells ------------- feature 3 -------> group 3: cells, add z_3
+                    v                                           ^
+    16x16         cells ------------- feature 2 -------> group 2: cells, add z_2
+                    v                                           ^
+     8x8          cells ------------- feature 1 -------> group 1: add z_1  <-  learned constant
+
+To train, z_i is drawn from q, which sees h and the feature; to sample, from p, which sees h alone.
+    loss = -ln p(x|z) + beta sum_i gamma_i KL_i + lambda R                    in nats per image
+beta rises to 1 in the first --kl-warmup epochs. Until then gamma_i, 1 on average, helps
+groups whose latents say little (kl_loss). R keeps the network smooth (Spectral). p(x|z) is of
+bytes; the bound over C H W ln 2, bits/dim, is what an ideal lossless code needs for each of them.
+
+    python nvae.py --epochs 50                                trains on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000 --temperature 0.7          PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
-Not as in the paper: P(v) exact, EMA; README has more. B batch, C channels, H W pixels, n latents"""
-import argparse, copy, io, math, os, signal, sys, time
-from itertools import accumulate, pairwise, product
+
+The method ends with training_step(), train() is its loop; bookkeeping and command line are alike in
+all scripts. In your own project, import torch, nvae (any size that halves; beta, EMA: see train):
+    images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
+    net = nvae.NVAE(width=8, groups=(2, 1), channels=1, image_size=28)
+    spectral, optimizer = nvae.Spectral(net), torch.optim.Adamax(net.parameters(), 1e-2)
+    for x in images.split(16): nvae.training_step(net, spectral, optimizer, x, beta=1.0)
+    net = nvae.calibrated_on_samples(net, temperature=0.7)
+    samples = nvae.sample(net, 4, temperature=0.7)"""
+
+import argparse
+import copy
+import csv
+import io
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+
 import torch
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import conv2d, elu, logsigmoid, normalize
+
 NAME = "nvae"
-NATS = 3072 * math.log(2)  # of an image, to one bit per dimension
-# ---------------------------------------------------------------------------------------- network
-norm = nn.BatchNorm2d  # its statistics come from calibrated(), as the EMA has none
+
+# ------------------------------------------------------------------------------------------ network
+
+
 class Cell(nn.Module):
-    """Residual cell, (B, cin, H, W) -> (B, cout, H', W'), gated by squeeze and excitation: each
-    channel is multiplied by a number in (0, 1) that depends on the means of all channels."""
-    scale = 0.1  # of what it adds
-    def __init__(self, cout, skip, *body):
+    """Residual cell: skip(x) + residual * gate * body(x), (B, C, H, W) -> (B, C', H', W').
+
+    The gate multiplies each channel by a number in (0, 1) that depends on the means of all channels
+    (squeeze and excitation). `residual` is small, so that a deep stack of cells begins as little
+    more than its skips.
+    """
+
+    def __init__(self, skip, body, channels, residual):
         super().__init__()
-        self.skip, self.body, hidden = skip, nn.Sequential(*body), max(cout // 16, 4)
+        self.skip = skip
+        self.body = body
+        self.residual = residual
+        hidden = max(channels // 16, 4)
         self.gate = nn.Sequential(
-            nn.Linear(cout, hidden), nn.ReLU(), nn.Linear(hidden, cout), nn.Sigmoid())
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
+        )
+
     def forward(self, x):
         h = self.body(x)
-        return self.skip(x) + self.scale * h * self.gate(h.mean((2, 3)))[:, :, None, None]
-def encoder_cell(cin, cout, down=False):
-    """Figure 3b; down: to half of H and W."""
-    halve = nn.Sequential(nn.SiLU(), nn.Conv2d(cin, cout, 2, stride=2))
-    return Cell(cout, halve if down else nn.Identity(),
-                norm(cin), nn.SiLU(), nn.Conv2d(cin, cout, 3, 2 if down else 1, padding=1),
-                norm(cout), nn.SiLU(), nn.Conv2d(cout, cout, 3, padding=1))
-def decoder_cell(cin, cout, expand=6, up=False):
-    """Figure 3a; up: to twice H and W. Depthwise, 5x5 pixels cost little, so there can be `expand`
-    times the channels. 1x1 convolutions come before the growth: the same result for less."""
-    wide, grow = expand * cin, nn.Upsample(scale_factor=2) if up else nn.Identity()
-    skip = nn.Sequential(nn.Conv2d(cin, cout, 1), nn.Upsample(scale_factor=2, mode="bilinear"))
-    return Cell(cout, skip if up else nn.Identity(),
-                norm(cin), nn.Conv2d(cin, wide, 1, bias=False), norm(wide), nn.SiLU(), grow,
-                nn.Conv2d(wide, wide, 5, padding=2, groups=wide, bias=False), norm(wide), nn.SiLU(),
-                nn.Conv2d(wide, cout, 1, bias=False), norm(cout))
+        gate = self.gate(h.mean((2, 3)))[:, :, None, None]
+        return self.skip(x) + self.residual * h * gate
+
+
+def encoder_cell(before, after, residual, down=False):
+    """From `before` to `after` channels, down: to half of H and W (the paper's figure 3b)."""
+    skip = nn.Identity()
+    if down:
+        skip = nn.Sequential(nn.SiLU(), nn.Conv2d(before, after, 2, stride=2))
+    body = nn.Sequential(
+        nn.BatchNorm2d(before),
+        nn.SiLU(),
+        nn.Conv2d(before, after, 3, stride=2 if down else 1, padding=1),
+        nn.BatchNorm2d(after),
+        nn.SiLU(),
+        nn.Conv2d(after, after, 3, padding=1),
+    )
+    return Cell(skip, body, after, residual)
+
+
+def decoder_cell(before, after, residual, expand=6, up=False):
+    """From `before` to `after` channels, up: to twice H and W (the paper's figure 3a).
+
+    The 5x5 convolution is depthwise: one filter per channel. It costs so little that it can have
+    `expand` times the channels. 1x1 convolutions come before the upsampling: the same for less.
+    """
+    wide = expand * before
+    skip = nn.Identity()
+    if up:
+        skip = nn.Sequential(
+            nn.Conv2d(before, after, 1), nn.Upsample(scale_factor=2, mode="bilinear")
+        )
+    body = nn.Sequential(
+        nn.BatchNorm2d(before),
+        nn.Conv2d(before, wide, 1, bias=False),
+        nn.BatchNorm2d(wide),
+        nn.SiLU(),
+        nn.Upsample(scale_factor=2) if up else nn.Identity(),
+        nn.Conv2d(wide, wide, 5, padding=2, groups=wide, bias=False),
+        nn.BatchNorm2d(wide),
+        nn.SiLU(),
+        nn.Conv2d(wide, after, 1, bias=False),
+        nn.BatchNorm2d(after),
+    )
+    return Cell(skip, body, after, residual)
+
+
+class MaskedConv(nn.Conv2d):
+    """A convolution that has no weights where the mask (out, in, k, k) is 0."""
+
+    def __init__(self, mask):
+        size = mask.shape[-1]
+        super().__init__(mask.shape[1], mask.shape[0], size, padding=size // 2)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
+
+
 class Flow(nn.Module):
-    """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): z (B, n, H, W), context
-    (B, C, H, W) -> exp(a) z + b, and a, the log-determinant elementwise. a and b depend on the
-    context, on pixels before in raster order (turned: behind) and, at a pixel, latents before."""
+    """A step of inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934), which bends q.
+
+    z (B, n, H, W), context (B, C, H, W) -> z' = exp(a) z + b, and a = ln |dz'/dz| elementwise. At
+    each number of z, a and b depend on the context and on earlier numbers only: those of the pixels
+    above and to the left, and of the same pixel those that come first (turned: the other way
+    round). So the Jacobian is triangular with exp(a) on its diagonal. Samples of p need no flow.
+    """
+
     def __init__(self, latents, channels, turned):
         super().__init__()
-        self.axes, hidden = (1, 2, 3) if turned else (), 4 * latents
-        self.first = nn.Conv2d(latents, hidden, 3, padding=1)
-        self.context = nn.Conv2d(channels, hidden, 1)
-        self.last = nn.Conv2d(hidden, 2 * latents, 1, groups=latents)  # each latent has its own
-        mask = torch.zeros(hidden, latents, 3, 3)
-        mask[:, :, 0], mask[:, :, 1, 0] = 1, 1
-        mask[:, :, 1, 1] = torch.ones(latents, latents).tril(-1).repeat_interleave(4, dim=0)
-        self.register_buffer("mask", mask)
+        self.turned_axes = (1, 2, 3) if turned else ()
+        each = 4  # hidden channels for each latent
+        mask = torch.zeros(each * latents, latents, 3, 3)
+        mask[:, :, 0] = 1  # the three pixels above
+        mask[:, :, 1, 0] = 1  # the pixel to the left
+        before = torch.ones(latents, latents).tril(-1)  # of the same pixel, the latents before
+        mask[:, :, 1, 1] = before.repeat_interleave(each, dim=0)
+        self.first = MaskedConv(mask)
+        self.context = nn.Conv2d(channels, each * latents, 1)
+        self.last = nn.Conv2d(each * latents, 2 * latents, 1, groups=latents)  # each from its own
+        nn.init.zeros_(self.last.weight)  # at first z' = z
+        nn.init.zeros_(self.last.bias)
+
     def forward(self, z, context):
-        h = conv2d(z.flip(self.axes), self.first.weight * self.mask, self.first.bias, padding=1)
-        h = self.last(elu(h + self.context(context).flip(self.axes[1:]))).to(z.dtype)
-        a, b = (part.flip(self.axes) for part in h.unflatten(1, (-1, 2)).unbind(2))
-        a = 2 * torch.tanh(a / 2)
-        return a.exp() * z + b, a
+        # All that belongs to z is turned here and back again below, so "before" means "behind".
+        h = self.first(z.flip(self.turned_axes))
+        h = h + self.context(context).flip(self.turned_axes[1:])  # its channels are not latents
+        a, b = self.last(elu(h)).to(z.dtype).unflatten(1, (-1, 2)).unbind(2)
+        a = 2 * torch.tanh(a / 2).flip(self.turned_axes)  # within 2, for exp(a) to stay tame
+        return a.exp() * z + b.flip(self.turned_axes), a
+
+
+def soft_clamped_normal(parameters):
+    """(B, 2 n, H, W) -> Normal of (B, n, H, W) with |mu| < 5 and sigma from 0.017 to 148.
+
+    If sigma could come near 0, or mu lie far out, the KL and its gradient would explode. Clamping
+    by tanh leaves some gradient; tanh at 5 and the 0.01 are those of the paper's code.
+    """
+    mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
+    return Normal(
+        mu, log_sigma.exp() + 0.01, validate_args=False
+    )  # validation waits for the device
+
+
+@dataclass
+class Draw:
+    """z of one group, drawn from q, and all that its KL term needs. Each is (B, n, H, W)."""
+
+    z: torch.Tensor
+    p: Normal  # of z
+    q: Normal  # of z before the flows
+    z_before_flows: torch.Tensor
+    log_det: torch.Tensor = None  # ln |dz / dz_before_flows|, None without flows
+
+    def log_ratio(self):
+        """ln q(z_i | ...) - ln p(z_i | ...), elementwise: the KL, on average over draws."""
+        log_q = self.q.log_prob(self.z_before_flows)
+        if self.log_det is not None:
+            log_q = log_q - self.log_det
+        return log_q - self.p.log_prob(self.z)
+
+    def kl(self):
+        """KL(q || p) given the groups before, elementwise: exact, or with flows from this draw."""
+        return kl_divergence(self.q, self.p) if self.log_det is None else self.log_ratio()
+
+
 class Group(nn.Module):
-    """What the top-down path has for one z_i: cells, and the layers that read p and q and add z."""
+    """One group of latents on the top-down path: cells, p, q, and the layer that adds z to h."""
+
     def __init__(self, cells, channels, latents, flows):
         super().__init__()
         self.cells = nn.Sequential(*cells)
@@ -89,462 +219,1123 @@ class Group(nn.Module):
         self.posterior = nn.Conv2d(channels, 2 * latents, 3, padding=1)
         self.flows = nn.ModuleList(Flow(latents, channels, k % 2 == 1) for k in range(flows))
         self.merge = nn.Conv2d(latents, channels, 1)
-        for layer in self.prior[1], self.posterior, *(flow.last for flow in self.flows):
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # q = p, flows change nothing
-def normal(parameters, temperature=1.0):
-    """(mu, sigma) of (B, n, H, W) each from (B, 2 n, H, W), clamped smoothly."""
-    mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
-    return mu, temperature * (log_sigma.exp() + 0.01)
+        for layer in self.prior[1], self.posterior:  # p is N(0, 1) at first, nearly, and q = p
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h, feature, eps):
+        """With an image: h and its feature (B, C, H, W), normal eps (B, n, H, W) -> h, Draw."""
+        h = self.cells(h)
+        context = feature + self.mix(h)
+        of_p = self.prior(h).float()  # mu and ln sigma
+        of_q = of_p + self.posterior(context).float()  # q relative to p: the paper's section 3.2
+        p = soft_clamped_normal(of_p)
+        q = soft_clamped_normal(of_q)
+        z_before_flows = q.loc + q.scale * eps
+        z = z_before_flows
+        log_det = torch.zeros_like(z) if self.flows else None
+        for flow in self.flows:
+            z, a = flow(z, context)
+            log_det = log_det + a
+        return h + self.merge(z), Draw(z, p, q, z_before_flows, log_det)
+
+    def sample(self, h, eps, temperature, z=None):
+        """Without an image: z as given or from p, with sigma times the temperature -> h, z."""
+        h = self.cells(h)
+        if z is None:
+            p = soft_clamped_normal(self.prior(h).float())
+            z = p.loc + temperature * p.scale * eps
+        return h + self.merge(z), z
+
+
 class NVAE(nn.Module):
-    """width times mults: channels at 32x32, 16x16, ..., the last for the rest; groups: of n latents
-    at 16x16, 8x8, ...; cells each way a group; outer: cells at 32x32; residual: Cell.scale."""
-    def __init__(self, width=64, mults=(1, 2), groups=(12, 8), cells=1, outer=2, expand=6, flows=0,
-                 residual=0.1, mixtures=10, amp=False, latents=20):
+    """The encoder, the top-down path, and p(x|z) as logits for dmol_log_prob() and dmol_sample().
+
+    width, mults: width * mults channels at full, half, ... resolution, the last mult for all below.
+    groups: how many groups at half, a quarter, ... of the resolution, 0 for none.
+    cells: residual cells before each group but the first, in the encoder and top-down.
+    outer: residual cells at full resolution, likewise, with the one that halves or doubles it.
+    expand, flows, residual: see decoder_cell, Flow and Cell.
+    mixtures, latents: M of p(x|z), and n of each group.
+    amp: compute in bf16, but for the distributions.
+    """
+
+    def __init__(
+        self,
+        width=64,
+        mults=(1, 2),
+        groups=(12, 8),
+        cells=1,
+        outer=2,
+        expand=6,
+        flows=0,
+        residual=0.1,
+        mixtures=10,
+        latents=20,
+        channels=3,
+        image_size=32,
+        amp=False,
+    ):
         super().__init__()
-        self.amp, self.scales, less = amp, groups, max(1, expand // 2)
-        w = [width * mults[min(i, len(mults) - 1)] for i in range(len(groups) + 1)]
-        places = [scale for scale, count in enumerate(groups, 1) for _ in range(count)]
-        more = [encoder_cell(width, width) for _ in range(outer - 1)]
-        self.before = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1), *more, encoder_cell(width, w[1], down=True))
-        self.start = nn.Parameter(torch.randn(1, w[-1], 32 >> len(groups), 32 >> len(groups)))
-        self.encoder, self.groups = nn.ModuleList(), nn.ModuleList()
-        for above, scale in pairwise([1, *places]):  # from fine to coarse
-            more, c = [encoder_cell(*w[i:i + 2], down=True) for i in range(above, scale)], w[scale]
-            self.encoder.append(nn.Sequential(*more, *(encoder_cell(c, c) for _ in range(cells))))
-        def up(below, scale):
-            return [decoder_cell(w[i], w[i - 1], expand, up=True) for i in range(below, scale, -1)]
-        for below, scale in pairwise([len(groups), *places[::-1]]):  # from coarse to fine
-            more, c = up(below, scale), w[scale]
-            more += [decoder_cell(c, c, expand) for _ in range(cells if self.groups else 0)]
-            self.groups.append(Group(more, c, latents, flows))
-        self.register_buffer("alpha", torch.tensor([4.0**-s / groups[s - 1] for s in places[::-1]]))
-        above, more = up(places[0], 1), [decoder_cell(width, width, less) for _ in range(outer - 1)]
-        self.after = nn.Sequential(*above, decoder_cell(w[1], width, less, True), *more, nn.ELU(),
-                                   nn.Conv2d(width, 10 * mixtures, 3, padding=1))
-        for cell in (part for part in self.modules() if isinstance(part, Cell)):
-            cell.scale = residual
-    def bottom_up(self, x):
-        """x (B, 3, 32, 32) in [-1, 1] -> what each group may know of it, a list (B, C, H, W)."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            return list(accumulate(self.encoder, lambda h, f: f(h), initial=self.before(x)))[:0:-1]
-    def top_down(self, draw, count, features=None, z=(), temperature=1.0):
-        """The generative path for `count` images: logits of p(x|z) (B, 10 M, 32, 32) and groups.
-        z_i is given or, past those given, of q if there are features, else of p, whose sigma the
-        temperature multiplies. draw(shape) gives normal noise. A group is a dict: z; p and, with
-        features, q, (mu, sigma) each; z0, from which flows made z; log_det, their ln |dz/dz0|."""
-        groups = []
-        with torch.autocast(self.start.device.type, torch.bfloat16, enabled=self.amp):
-            h = self.start.expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        if image_size % 2 ** len(groups):
+            raise ValueError(f"a size of {image_size} cannot be halved {len(groups)} times")
+        if not any(groups):
+            raise ValueError("there must be at least one group")
+        self.channels = channels
+        self.groups_by_level = groups
+        self.amp = amp
+        self.image_size = image_size
+        self.latents = latents
+        widths = [width * mults[min(level, len(mults) - 1)] for level in range(len(groups) + 1)]
+        self.make_encoder(widths, cells, outer, residual)
+        self.make_top_down(widths, cells, outer, residual, expand, flows)
+        self.out.append(nn.ELU())
+        logits = mixtures * logits_per_logistic(channels)
+        self.out.append(nn.Conv2d(widths[0], logits, 3, padding=1))
+
+    def make_encoder(self, widths, cells, outer, residual):
+        """The stem and, from fine to coarse, a stage for each group, which puts out its feature.
+
+        The first stage of a level begins with the cells that lead down to it.
+        """
+        self.stem = nn.Sequential(nn.Conv2d(self.channels, widths[0], 3, padding=1))
+        for _ in range(outer - 1):  # one more is the first of the encoder, which leads down
+            self.stem.append(encoder_cell(widths[0], widths[0], residual))
+        self.encoder = nn.ModuleList()
+        stage = []
+        for level, count in enumerate(self.groups_by_level, start=1):
+            stage.append(encoder_cell(widths[level - 1], widths[level], residual, down=True))
+            for _ in range(count):
+                for _ in range(cells):
+                    stage.append(encoder_cell(widths[level], widths[level], residual))
+                self.encoder.append(nn.Sequential(*stage))
+                stage = []
+
+    def make_top_down(self, widths, cells, outer, residual, expand, flows):
+        """The first h and, from coarse to fine, the groups; at last the cells at full resolution.
+
+        The first group of a level begins with the cells that lead up to it.
+        """
+        coarsest = self.image_size // 2 ** len(self.groups_by_level)
+        self.start = nn.Parameter(torch.randn(1, widths[-1], coarsest, coarsest))
+        self.groups = nn.ModuleList()
+        self.latent_shapes = []  # (n, H, W) of each group
+        alpha = []  # of each group, for kl_loss: pixels at its level / groups there
+        outer_expand = max(1, expand // 2)  # full resolution costs most
+        path = []  # cells on the way to the next group
+        for level in range(len(self.groups_by_level), 0, -1):
+            count = self.groups_by_level[level - 1]
+            size = self.image_size // 2**level
+            for _ in range(count):
+                if len(self.groups) > 0:  # before the first group, h is only a constant
+                    for _ in range(cells):
+                        path.append(decoder_cell(widths[level], widths[level], residual, expand))
+                self.groups.append(Group(path, widths[level], self.latents, flows))
+                self.latent_shapes.append((self.latents, size, size))
+                alpha.append(size**2 / count)
+                path = []
+            factor = expand if level > 1 else outer_expand
+            path.append(decoder_cell(widths[level], widths[level - 1], residual, factor, up=True))
+        self.register_buffer("alpha", torch.tensor(alpha))
+        self.out = nn.Sequential(*path)
+        for _ in range(outer - 1):
+            self.out.append(decoder_cell(widths[0], widths[0], residual, outer_expand))
+
+    def autocast(self):
+        return torch.autocast(self.start.device.type, torch.bfloat16, enabled=self.amp)
+
+    def first_h(self, count):
+        h = self.start.expand(count, -1, -1, -1)
+        return h.contiguous(memory_format=torch.channels_last)
+
+    def noise(self, count, generator=None):
+        """eps for `count` images: a list, from coarse to fine, of normal (count, n, H_i, W_i)."""
+        kind = {"generator": generator, "device": self.start.device}
+        return [torch.randn(count, *shape, **kind) for shape in self.latent_shapes]
+
+    def encode(self, x):
+        """x (B, C, H, W) in [-1, 1] -> the features of the groups, from coarse to fine."""
+        with self.autocast():
+            h = self.stem(x)
+            features = []
+            for stage in self.encoder:
+                h = stage(h)
+                features.append(h)
+        return features[::-1]
+
+    def infer(self, features, eps):
+        """With an image: z from q -> logits (B, K M, H, W), and the Draw of each group."""
+        draws = []
+        with self.autocast():
+            h = self.first_h(len(features[0]))
+            for group, feature, e in zip(self.groups, features, eps, strict=True):
+                h, draw = group(h, feature, e)
+                draws.append(draw)
+            logits = self.out(h)
+        return logits.float(), draws
+
+    def forward(self, x, eps):
+        """Encode and decode x (B, C, H, W) in [-1, 1] -> logits, Draws."""
+        return self.infer(self.encode(x), eps)
+
+    def generate(self, eps, temperature=1.0, given=()):
+        """Without an image: z from p, but for the first groups, whose z are given -> logits, z."""
+        drawn = []
+        with self.autocast():
+            h = self.first_h(len(eps[0]))
             for i, group in enumerate(self.groups):
-                h = group.cells(h)
-                parameters = group.prior(h).float()  # distributions are fp32
-                this = {"p": normal(parameters, temperature), "log_det": 0.0}
-                if features:
-                    context = features[i] + group.mix(h)
-                    this["q"] = normal(parameters + group.posterior(context).float())
-                mu, sigma = this.get("q", this["p"])
-                this["z0"] = this["z"] = z[i] if i < len(z) else mu + sigma * draw(mu.shape)
-                for flow in group.flows if features and i >= len(z) else ():
-                    this["z"], a = flow(this["z"], context)
-                    this["log_det"] = this["log_det"] + a
-                h = h + group.merge(this["z"])
-                groups.append(this)
-            return self.after(h).float().contiguous(), groups
-# ------------------------------------------------------------------------------------------- loss
-def scaled(images):  # uint8 -> float, bytes 0 ... 255 evenly over [-1, 1]: a bin is 2/255 wide
+                z = given[i] if i < len(given) else None
+                h, z = group.sample(h, eps[i], temperature, z)
+                drawn.append(z)
+            logits = self.out(h)
+        return logits.float(), drawn
+
+
+# ----------------------------------------------------------- p(x|z): mixture of logistics for bytes
+# A pixel is a mixture of M logistics (Salimans et al. 2017, arXiv:1701.05517); within one of them a
+# colour has mean m and scale s, and a byte has the probability that falls into its bin. With byte v
+# at x = v / 127.5 - 1 and the logistic's distribution function S(a) = 1 / (1 + exp(-a)),
+#     P(v) = S(a) - S(b),     a = (x - m + 1/255) / s,     b = (x - m - 1/255) / s.
+# Where both are near 1 rounding takes their difference, and near 0 they underflow. But it is
+#     S(a) S(b) (1/S(b) - 1/S(a)) = S(a) S(b) (exp(-b) - exp(-a)),
+# and as S(b) exp(-b) = S(-b), that is S(a) S(-b) (1 - exp(b - a)): a product, whose logarithm can
+# be computed well anywhere. Byte 0 takes all below its upper edge, S(a), and byte 255 all above its
+# lower edge, 1 - S(b) = S(-b), so that the 256 probabilities sum to 1. (The paper's code does the
+# latter for all x > 0.99, and so for byte 254 too, at 0.992: the sum is more than 1.)
+
+
+def scaled(images):
+    """uint8 -> float: bytes 0 ... 255 evenly over [-1, 1], in bins 2/255 wide."""
     return images / 127.5 - 1
-def quantise(x):  # float -> uint8, the nearest byte
+
+
+def quantise(x):
+    """float -> uint8, the nearest byte."""
     return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-def mixture(logits):
-    """(B, 10 M, H, W) -> weights (B, M, H, W); means, ln s, coefficients (B, 3, M, H, W) each."""
-    weights, rest = logits.unflatten(1, (10, -1)).split([1, 9], dim=1)
-    means, log_s, c = rest.unflatten(1, (3, 3)).unbind(1)
-    return weights[:, 0], means, log_s.clamp(min=-7), torch.tanh(c)
+
+
+def logits_per_logistic(channels):
+    """K: a weight, a mean and a scale for each colour, and a coefficient for each pair of them."""
+    return 1 + 2 * channels + channels * (channels - 1) // 2
+
+
+def mixture(logits, channels):
+    """Logits (B, K M, H, W) -> weights' logits (B, M, H, W), and means, ln s and coefficients.
+
+    The last three are (B, C, M, H, W), (B, C, M, H, W) and (B, C (C - 1) / 2, M, H, W).
+    """
+    parts = logits.unflatten(1, (logits_per_logistic(channels), -1))  # (B, K, M, H, W)
+    sizes = [1, channels, channels, channels * (channels - 1) // 2]
+    weights, means, log_s, c = parts.split(sizes, dim=1)
+    log_s = log_s.clamp(min=-7)  # or s would shrink for ever where images are of one colour
+    return weights[:, 0], means, log_s, torch.tanh(c)
+
+
+def mean_given(means, c, before):
+    """The mean of the next colour, which is linear in a list of the colours before it."""
+    colour = len(before)
+    first = colour * (colour - 1) // 2  # of its coefficients
+    mean = means[:, colour]
+    for k, value in enumerate(before):
+        mean = mean + c[:, first + k] * value
+    return mean
+
+
 def dmol_log_prob(logits, x):
-    """ln p(x|z) (B,) of x (B, 3, H, W) in [-1, 1], one of the 256 values of scaled().
-    S(a) - S(b) = S(a) S(-b) (1 - exp(b - a)), a, b = (x - m +- 1/255) / s, is exact far from m too.
-    Byte 0 has no lower edge, which leaves S(a), and 255 no upper edge, which leaves S(-b)."""
-    weights, means, log_s, c = mixture(logits)
-    x, inverse = x[:, :, None], torch.exp(-log_s)  # (B, 3, 1, H, W)
-    shift = [torch.zeros_like(c[:, 0]), c[:, 0] * x[:, 0], c[:, 1] * x[:, 0] + c[:, 2] * x[:, 1]]
-    away = x - means - torch.stack(shift, dim=1)  # (B, 3, M, H, W)
-    low, high = x < -0.999, x > 0.999  # of 0 and 255 alone: byte 254 is at 0.992
-    log_p = torch.log(-torch.expm1(-2 / 255 * inverse)).masked_fill(low | high, 0)
-    log_p = log_p + logsigmoid((away + 1 / 255) * inverse).masked_fill(high, 0)
-    log_p = log_p + logsigmoid((1 / 255 - away) * inverse).masked_fill(low, 0)
-    return (weights.log_softmax(1) + log_p.sum(1)).logsumexp(1).sum((1, 2))
-def kl_normal(q, p):
-    """KL(q || p), elementwise, of normal distributions (mu, sigma)."""
-    (mu, sigma), (mu_p, sigma_p) = q, p
-    return (sigma_p / sigma).log() + (sigma**2 + (mu - mu_p) ** 2) / (2 * sigma_p**2) - 0.5
-def log_ratio(group):
-    """ln q(z_i | z_<i, x) - ln p(z_i | z_<i), elementwise, at the z_i of a group of top_down."""
-    (mu, sigma), (mu_p, sigma_p) = group["q"], group["p"]
-    log_q = -0.5 * ((group["z0"] - mu) / sigma) ** 2 - sigma.log() - group["log_det"]
-    return log_q + 0.5 * ((group["z"] - mu_p) / sigma_p) ** 2 + sigma_p.log()
+    """ln p(x|z), (B,), of x (B, C, H, W) on the 256 values of scaled(); logits (B, K M, H, W)."""
+    weights, means, log_s, c = mixture(logits, x.shape[1])
+    x = x[:, :, None]  # (B, C, 1, H, W), against M logistics
+    colours = x.unbind(1)
+    m = torch.stack([mean_given(means, c, colours[:k]) for k in range(len(colours))], dim=1)
+    inverse_s = torch.exp(-log_s)
+    a = (x - m + 1 / 255) * inverse_s  # (B, C, M, H, W)
+    b = (x - m - 1 / 255) * inverse_s
+    is_0 = x < -0.999  # byte 1 is at -0.992
+    is_255 = x > 0.999
+    log_P = logsigmoid(a).masked_fill(is_255, 0)
+    log_P = log_P + logsigmoid(-b).masked_fill(is_0, 0)
+    log_P = log_P + torch.log(-torch.expm1(-2 / 255 * inverse_s)).masked_fill(is_0 | is_255, 0)
+    log_p = weights.log_softmax(1) + log_P.sum(1)  # (B, M, H, W): all colours of a logistic
+    return log_p.logsumexp(1).sum((1, 2))
+
+
+def dmol_sample(logits, temperature=1.0, generator=None, channels=3):
+    """x (B, C, H, W) from p(x|z), on the 256 values of scaled(); logits (B, K M, H, W).
+
+    The temperature multiplies s and divides the weights' logits: below 1, likelier colours. The
+    clamps of u keep its logarithms finite.
+    """
+    weights, means, log_s, c = mixture(logits, channels)
+    u = torch.rand(weights.shape, generator=generator, device=logits.device).clamp(1e-20, 1 - 1e-7)
+    gumbel = -torch.log(-torch.log(u))  # the largest of logit + gumbel is a draw by the weights
+    chosen = (weights / temperature + gumbel).argmax(1)[:, None, None]  # (B, 1, 1, H, W)
+    means, log_s, c = (
+        part.gather(2, chosen.expand(-1, part.shape[1], -1, -1, -1))[:, :, 0]
+        for part in (means, log_s, c)
+    )
+    u = torch.rand(means.shape, generator=generator, device=logits.device).clamp(1e-5, 1 - 1e-5)
+    away = temperature * log_s.exp() * torch.logit(u)  # (B, C, H, W), from the mean
+    colours = []
+    for k in range(channels):
+        colour = mean_given(means, c, colours) + away[:, k]
+        colours.append(scaled(quantise(colour)))  # as bytes, which the next colour's mean is told
+    return torch.stack(colours, dim=1)
+
+
+def dmol_mean(logits, channels=3):
+    """About the mean of p(x|z), (B, C, H, W): it clamps each logistic's mean, not its draws."""
+    weights, means, _, c = mixture(logits, channels)
+    colours = []
+    for _ in range(channels):
+        colours.append(mean_given(means, c, colours).clamp(-1, 1))
+    return (weights.softmax(1)[:, None] * torch.stack(colours, dim=1)).sum(2)
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def nats_of_one_bit(images):
+    """Nats of an image (., C, H, W) that has one bit per dimension: C H W ln 2."""
+    return images[0].numel() * math.log(2)
+
+
 def elbo(net, x, generator=None):
-    """-ln p(x|z) (B,) and KL_i (B, G, n) in nats, analytic or, with flows, estimated from one z."""
-    logits, groups = net.top_down(noise(generator, x.device), len(x), net.bottom_up(x))
-    kl = [log_ratio(z) if net.groups[0].flows else kl_normal(z["q"], z["p"]) for z in groups]
-    return -dmol_log_prob(logits, x), torch.stack([term.sum((2, 3)) for term in kl], dim=1)
+    """-ln p(x|z) (B,) and KL (B, G, n) of x (B, C, H, W) in [-1, 1], in nats.
+
+    Their sum is, on average over draws of z, an upper bound of -ln p(x). KL says how much each of
+    the n latents of each of the G groups tells.
+    """
+    logits, draws = net(x, net.noise(len(x), generator))
+    kl = [draw.kl().sum((2, 3)) for draw in draws]
+    return -dmol_log_prob(logits, x), torch.stack(kl, dim=1)
+
+
+@torch.no_grad()
+def iw_bound(net, x, k, generator=None):
+    """A tighter bound of ln p(x), (B,) in nats (Burda et al. 2016, arXiv:1509.00519).
+
+    ln p(x) >= mean of ln (1/k sum_j w_j) with w_j = p(x|z_j) p(z_j) / q(z_j|x), over k draws z_j
+    from q. With k = 1 it is minus the sum of elbo(), on average, and it rises with k to ln p(x).
+    """
+    features = net.encode(x)
+    log_sum = x.new_full((len(x),), -math.inf)
+    for _ in range(k):
+        logits, draws = net.infer(features, net.noise(len(x), generator))
+        log_w = dmol_log_prob(logits, x)
+        for draw in draws:
+            log_w = log_w - draw.log_ratio().sum((1, 2, 3))
+        log_sum = torch.logaddexp(log_sum, log_w)
+    return log_sum - math.log(k)
+
+
 def kl_loss(kl, beta, alpha):
-    """beta sum_i gamma_i mean KL_i of kl (B, G). While beta < 1, gamma_i grows with KL_i / alpha_i,
-    alpha_i ~ pixels / groups of its scale, mean gamma 1: a nat is cheap where few are used yet."""
-    gamma = (kl.detach().abs().mean(0) + 0.01) / alpha
-    gamma = gamma / gamma.mean() if beta < 1 else torch.ones_like(gamma)
+    """beta sum_i gamma_i KL_i, with KL_i the mean of kl (B, G) over images (paper, appendix A).
+
+    A group may fall asleep early on: q = p, z says nothing, and the layers behind it learn to
+    ignore z. So while beta < 1, gamma_i is in proportion to KL_i / alpha_i: each nat costs less in
+    groups that spend few of them. alpha_i, the pixels at a level over the number of groups there,
+    is the share that a group may spend. (abs, as an estimate from one draw may be negative; 0.01,
+    so that no nat is for free.) When beta has reached 1, all gamma_i are 1, for only then the loss
+    is the bound.
+    """
+    gamma = torch.ones_like(alpha)
+    if beta < 1:
+        gamma = (kl.detach().abs().mean(0) + 0.01) / alpha
+        gamma = gamma / gamma.mean()
     return beta * (gamma * kl.mean(0)).sum()
+
+
+def weight_matrix(layer):
+    """The weights of a convolution as a matrix (C_out, the rest)."""
+    weight = layer.weight * layer.mask if isinstance(layer, MaskedConv) else layer.weight
+    return weight.flatten(1)
+
+
 class Spectral(nn.Module):
-    """R = sum s(W) + sum max |g| over convolutions W, as matrices (C_out, rest), stacked by shape,
-    and BatchNorms' factors g. Power iteration, v ~ W'u, u ~ W v, gives s = u . W v; u is kept."""
+    """R: the sum of largest singular values of all convolutions and largest BatchNorm factors.
+
+    They limit how much a small change of x or z can grow from layer to layer, and where it grows
+    without limit KL and gradients explode. A convolution counts as the matrix that maps a patch of
+    its input to a pixel (a depthwise one counts for more, as its rows see different channels). Its
+    largest singular value is the largest u . W v of unit vectors u and v. Power iteration finds
+    these two: v along W^T u, u along W v, again and again. As weights change little in a step of
+    training, one iteration per step is enough if u is kept. Matrices of the same shape are stacked,
+    to save time.
+    """
+
     def __init__(self, net, iterations=40):
         super().__init__()
-        self.stacks, layers = {}, list(net.modules())
-        self.factors = [layer.weight for layer in layers if isinstance(layer, norm)]
-        for w in (layer.weight for layer in layers if isinstance(layer, nn.Conv2d)):
-            self.stacks.setdefault(f"{len(w)}x{w[0].numel()}", []).append(w)
-        for shape, stack in self.stacks.items():
-            self.register_buffer(shape, stack[0].new_empty(len(stack), len(stack[0]), 1).normal_())
+        self.norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+        self.stacks = {}  # shape: layers
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d):
+                rows, columns = weight_matrix(layer).shape
+                self.stacks.setdefault(f"{rows}x{columns}", []).append(layer)
+        for shape, layers in self.stacks.items():
+            u = torch.randn(len(layers), len(layers[0].weight), 1)
+            self.register_buffer(shape, u.to(layers[0].weight.device))
         self(iterations)
+
     def forward(self, iterations=1):
-        total = sum(g.abs().max() for g in self.factors)
-        for shape, stack in self.stacks.items():
-            u, w = getattr(self, shape), torch.stack([w.flatten(1) for w in stack])
+        total = sum(layer.weight.abs().max() for layer in self.norms)
+        for shape, layers in self.stacks.items():
+            w = torch.stack([weight_matrix(layer) for layer in layers])  # (layers, rows, columns)
+            u = getattr(self, shape)
             with torch.no_grad():
                 for _ in range(iterations):
                     v = normalize(w.mT @ u, dim=1)
-                    u.copy_(normalize(w @ v + 1e-9 * u, dim=1))  # W = 0 keeps u
-            total = total + (u.clone() * (w @ v)).sum()
+                    u.copy_(normalize(w @ v + 1e-9 * u, dim=1))  # if W is still 0, u stays
+            total = total + (u.clone() * (w @ v)).sum()  # a copy, as the next call changes u
         return total
-def iw_bound(net, x, k, generator=None):
-    """ln mean_k p(x|z_k) p(z_k) / q(z_k|x), (B,) in nats, over k draws of z; x is encoded once."""
-    features, total = net.bottom_up(x), x.new_full((len(x),), -math.inf)
-    for _ in range(k):
-        logits, groups = net.top_down(noise(generator, x.device), len(x), features)
-        log_w = dmol_log_prob(logits, x) - sum(log_ratio(z).sum((1, 2, 3)) for z in groups)
-        total = torch.logaddexp(total, log_w)
-    return total - math.log(k)
-# --------------------------------------------------------------------------------------- samplers
-def noise(generator=None, device=None):  # draw(shape) for top_down
-    return lambda shape: torch.randn(shape, generator=generator, device=device)
-def dmol_sample(logits, temperature=1.0, generator=None):
-    """x (B, 3, H, W) ~ p(x|z) of (B, 10 M, H, W), on the 256 values of scaled(). The temperature
-    multiplies s and divides the mixture's logits. Colours follow the rounded ones before."""
-    weights, *parts = mixture(logits)
-    u = torch.rand(weights.shape, generator=generator, device=logits.device).clamp(1e-20, 1 - 1e-7)
-    k = (weights / temperature - (-u.log()).log()).argmax(1)[:, None, None]  # Gumbel-max
-    means, log_s, c = (part.gather(2, k.expand(-1, 3, -1, -1, -1))[:, :, 0] for part in parts)
-    u = torch.rand(means.shape, generator=generator, device=logits.device).clamp(1e-5, 1 - 1e-5)
-    x = means + temperature * log_s.exp() * torch.logit(u)  # (B, 3, H, W)
-    return in_turn(x, c, lambda x: scaled(quantise(x)))
-def dmol_mean(logits):
-    """About the mean of p(x|z), (B, 10 M, H, W) -> (B, 3, H, W), from means cut to [-1, 1]."""
-    weights, means, _, c = mixture(logits)
-    means = in_turn(means, c, lambda m: m.clamp(-1, 1))
-    return (weights.softmax(1)[:, None] * means).sum(2)
-def in_turn(x, c, settle):
-    red = settle(x[:, 0])
-    green = settle(x[:, 1] + c[:, 0] * red)
-    return torch.stack([red, green, settle(x[:, 2] + c[:, 1] * red + c[:, 2] * green)], dim=1)
-def calibrated(net, images=None, temperature=1.0, calls=40):
-    """A copy of net for evaluation. Its BatchNorm has the mean statistics of a thousand training
-    images (uint8) or, without any, of `calls` times 64 samples at the temperature."""
-    net, g = copy.deepcopy(net).train(), torch.Generator(net.start.device).manual_seed(0)
-    for layer in (layer for layer in net.modules() if isinstance(layer, norm)):
-        layer.reset_running_stats()
-        layer.momentum = None  # the plain mean of all calls
-    if images is None:
-        for _ in range(calls):
-            net.top_down(noise(g, net.start.device), 64, temperature=temperature)
-    else:
-        some = torch.randperm(len(images), generator=g, device=g.device)[:1000]  # may be sorted
-        for x in images[some].split(100):
-            elbo(net, scaled(x), g)
-    return net.eval()
-# ----------------------------------------------------------------------------------- bookkeeping
-def die(message):
-    """Bad input: one line on stderr, exit status 2."""
-    print("error:", *str(message).splitlines(), file=sys.stderr)
-    raise SystemExit(2)
-def learning_rate(step, total, peak):
-    """Half a cosine from peak to 0 under a linear warm-up of 5 % of the run, at most 500 steps."""
-    warmup = min(500, max(1, total // 20))
-    return peak * min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+
 @torch.no_grad()
-def update_ema(ema, net, step, half_life):
-    """Average the weights, half-life in steps; in a young run, of 8 % of the steps so far."""
-    decay = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-def save_checkpoint(path, state):
-    """A dict of tensors and plain values, written whole or not at all; OSError if it cannot be."""
-    partial, whole = path.with_suffix(".tmp"), io.BytesIO()
-    torch.save({"model": NAME, **state}, whole)  # to a full disk it would raise a RuntimeError
+def calibrated(net, run, inputs):
+    """A copy of net for evaluation. Its BatchNorm has the mean statistics of all run(copy, input).
+
+    In training BatchNorm uses the statistics of the batch. Later it needs fixed ones. Which are
+    right depends on the weights (averaged weights have never been run) and on where z comes from:
+    from q, or from p at some temperature. All inputs count alike, so give batches of one size.
+    """
+    net = copy.deepcopy(net).train()
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain mean, not one that forgets
+    for one_input in inputs:
+        run(net, one_input)
+    return net.eval()
+
+
+def batches_of_one_size(images):
+    """Up to ten batches of 100 of uint8 images (N, C, H, W), from all over them; one if N < 100."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    order = torch.randperm(len(images), generator=generator, device=images.device)
+    size = min(100, len(images))
+    count = min(10, len(images) // size)
+    return images[order[: count * size]].split(size)
+
+
+def calibrated_on_images(net, images):
+    """For the bound and for reconstructions, where z comes from q: statistics of uint8 images."""
+    generator = torch.Generator(images.device).manual_seed(0)
+
+    def run(net, batch):
+        net(scaled(batch), net.noise(len(batch), generator))
+
+    return calibrated(net, run, batches_of_one_size(images))
+
+
+def calibrated_on_samples(net, temperature=0.7, calls=40):
+    """For samples at a temperature, where z comes from p: statistics of `calls` times 64."""
+    generator = torch.Generator(net.start.device).manual_seed(0)
+
+    def run(net, _):
+        net.generate(net.noise(64, generator), temperature)
+
+    return calibrated(net, run, range(calls))
+
+
+@torch.no_grad()
+def sample(net, count, temperature=0.7, pixels=0.7, generator=None):
+    """uint8 images (count, C, H, W) from a network calibrated on samples at the temperature.
+
+    The temperature multiplies sigma of all p(z_i): below 1, images are safer and duller. `pixels`
+    is the temperature of dmol_sample(): below 1, smoother.
+    """
+    logits, _ = net.generate(net.noise(count, generator), temperature)
+    return quantise(dmol_sample(logits, pixels, generator, net.channels))
+
+
+# ------------------------------------------------------------------------------------ training step
+
+
+def training_step(net, spectral, optimizer, images, beta=1.0, spectral_weight=1e-2, generator=None):
+    """One step on uint8 images (B, C, H, W); spectral_weight is lambda.
+
+    Returns {name: tensor ()} in bits/dim: the parts of the loss before the step, without beta and
+    gamma, and as "train loss" the bound, to compare with that of test images.
+    """
+    x = scaled(images)
+    reconstruction, kl = elbo(net, x, generator)
+    regulariser = spectral_weight * spectral()
+    loss = reconstruction.mean() + kl_loss(kl.sum(2), beta, net.alpha) + regulariser
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    terms = {"reconstruction": reconstruction.mean(), "kl": kl.sum((1, 2)).mean()}
+    terms["train loss"] = terms["reconstruction"] + terms["kl"]
+    terms["regulariser"] = regulariser
+    return {name: value.detach() / nats_of_one_bit(images) for name, value in terms.items()}
+
+
+# -------------------------------------------------------------------------------------- bookkeeping
+# The same in nvae.py, ncsn.py and ebm.py. After the first two functions it is all about keeping the
+# checkpoint whole, and stopping and going on without loss: to learn the method, go on at train().
+
+
+def warmup_cosine(step, total):
+    """Factor of the learning rate: up over 5 % of a run (500 steps at most), then down to 0."""
+    warmup = min(500, max(1, total // 20))
+    half_cosine = (1 + math.cos(math.pi * step / total)) / 2
+    return min((step + 1) / warmup, half_cosine)
+
+
+@torch.no_grad()
+def update_ema(ema, net, step, share):
+    """Move the averaged weights `ema` towards those of net, after step number `step` = 0, 1, ...
+
+    The half-life is `share` of the steps so far, so about half of the average is from the last
+    `share` of them. With 0.05, that is the last 5 after 100 steps and the last 5,000 after 100,000:
+    a young run forgets how it began, and an old one averages over many steps.
+    """
+    half_life = share * (step + 1)
+    keep = 0.5 ** (1 / half_life)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
+
+
+def die(message):
+    """End the program with one line on stderr and exit status 2."""
+    one_line = " ".join(str(message).split())
+    print("error:", one_line, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def write_whole(path, data):
+    """Write bytes to a file whole or not at all: beside it first, then in its place."""
+    partial = path.with_suffix(".tmp")
     try:
-        partial.write_bytes(whole.getbuffer())
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, before the old file goes
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+CHECKPOINT_KEYS = ["args", "step", "seconds", "sums", "rows", "random", "data", "network", "ema"]
+
+
 def load_checkpoint(path):
+    """The dict of tensors and plain values that Run.save() wrote; no code in the file is run."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["model"] != NAME:
-            raise ValueError(f"{state['model']}.py wrote it")
-        return state
-    except Exception as error:  # missing, damaged or another model's: of many types
-        die(f"no {NAME} checkpoint in {path} ({type(error).__name__}: {str(error)[:80]!r}): train "
-            "first, or name the folder of a run with --out")
-def plot(path, x, lines, **axis):
-    """lines {name: values} over x as a PNG file."""
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["model"] != NAME:
+            raise ValueError(f"{checkpoint['model']}.py wrote it")
+        for key in CHECKPOINT_KEYS:
+            if key not in checkpoint:
+                raise ValueError(f"it has no {key}: another version of {NAME}.py wrote it")
+        return checkpoint
+    except Exception as error:  # missing, damaged, another model's: of many types
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        die(f"no {NAME} checkpoint in {path} ({reason}): train first, or name a run with --out")
+
+
+def load_states(checkpoint, parts):
+    """Give each part, {name: module or optimizer}, its state from the checkpoint."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        die(f"the checkpoint does not fit this version of {NAME}.py ({str(error)[:200]})")
+
+
+def plot(path, lines, **axes_options):
+    """Draw lines {name: (xs, ys)}."""
     from matplotlib.figure import Figure
-    axes = Figure(layout="constrained").add_subplot(**axis)
-    axes.plot(x, torch.tensor(list(lines.values())).T, marker=".", label=list(lines))
+
+    axes = Figure(layout="constrained").add_subplot(**axes_options)
+    for name, (xs, ys) in lines.items():
+        axes.plot(xs, ys, marker=".", label=name)
     axes.legend()
     axes.figure.savefig(path)
-def write_log(rows, folder):
-    """log.csv, a row an epoch, and its losses and energies as curves.png."""
-    lines = [rows[0], *(row.values() for row in rows)]
-    (folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-    lines = {k: [row[k] for row in rows] for k in rows[0] if "loss" in k or k.startswith("E ")}
-    plot(folder / "curves.png", [row["epoch"] for row in rows], lines, xlabel="epoch")
-# ------------------------------------------------------------------------------------------ train
-TERMS = "train loss", "reconstruction", "kl", "regulariser"  # the first: sum of the next two
-def build(args, device):
+
+
+def write_log(rows, out):
+    """log.csv with a row an epoch, from dicts, and its losses and energies as curves.png."""
+    names = list(max(rows, key=len))  # in ebm.py the first rows have fewer
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(out / "log.csv", text.getvalue().encode())
+    lines = {}
+    for name in names:
+        if "loss" in name or name.startswith("E "):
+            there = [row for row in rows if name in row]
+            lines[name] = [row["epoch"] for row in there], [row[name] for row in there]
+    plot(out / "curves.png", lines, xlabel="epoch")
+
+
+class Run:
+    """A training run: where it stands, its log and checkpoint, and when it ends.
+
+    parts: {name: module or optimizer}, whose states a checkpoint keeps. facts: {name: plain value}
+    that it keeps too; facts["data"] says which training images. generator: the source of all noise.
+    """
+
+    def __init__(self, args, images, parts, facts, generator):
+        self.args = args
+        self.out = Path(args.out)
+        self.parts = parts
+        self.facts = facts
+        self.generator = generator
+        self.steps_per_epoch = len(images) // args.batch_size
+        self.total = args.epochs * self.steps_per_epoch
+        self.step = 0  # steps done
+        self.saved_step = None  # steps done in checkpoint.pt
+        self.seconds = 0.0  # of training
+        self.sums = {}  # name: (sum over this epoch, on the device; number of steps)
+        self.rows = []  # of log.csv
+        self.exit_status = None  # once there is a reason to stop
+        if self.steps_per_epoch == 0:
+            die(f"{len(images)} training images do not fill a batch: lower --batch-size")
+
+    def save(self):
+        state = {
+            "model": NAME,
+            "args": {flag: v for flag, v in vars(self.args).items() if flag not in HERE + USES},
+            "step": self.step,
+            "seconds": self.seconds,
+            "sums": self.sums,
+            "rows": self.rows,
+            "random": self.generator.get_state(),
+            **self.facts,
+            **{name: part.state_dict() for name, part in self.parts.items()},
+        }
+        file = io.BytesIO()  # not the file itself, as torch.save hides the error of a full disk
+        torch.save(state, file)
+        write_whole(self.out / "checkpoint.pt", file.getbuffer())
+        self.saved_step = self.step
+        self.saved_time = time.time()
+
+    def restore(self, checkpoint):
+        """Go on from a checkpoint of the same training images."""
+        trained = checkpoint["data"]
+        given = self.facts["data"]
+        if given != trained:
+            die(f"{self.out} was trained on {trained}, but --data {self.args.data} has {given}")
+        load_states(checkpoint, self.parts)
+        self.facts.update({name: checkpoint[name] for name in self.facts})
+        self.step = self.saved_step = checkpoint["step"]
+        self.seconds = checkpoint["seconds"]
+        self.sums = checkpoint["sums"]
+        self.rows = checkpoint["rows"]
+        if self.rows:
+            write_log(self.rows, self.out)  # it may lack the last row, if the end came in between
+        if len(checkpoint["random"]) == len(self.generator.get_state()):  # the same kind of device
+            self.generator.set_state(checkpoint["random"])
+
+    def epochs(self):
+        """The epochs to go. While they last, Ctrl-C and SIGTERM stop the run after a step."""
+        from tqdm import tqdm
+
+        args = self.args
+        count = sum(p.numel() for p in self.parts["net"].parameters())
+        where = f"{args.device} in {'bf16' if args.amp else 'fp32'}"
+        print(f"{count / 1e6:.2f} M parameters, step {self.step} of {self.total}, on {where}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        total = self.total * args.batch_size
+        done = self.step * args.batch_size
+        self.bar = tqdm(total=total, initial=done, unit="img", disable=None)
+        self.started = self.checked_time = self.saved_time = time.time()
+        signals = signal.SIGINT, signal.SIGTERM
+        before = {number: signal.signal(number, self.on_signal) for number in signals}
+        try:
+            yield from range(self.step // self.steps_per_epoch, args.epochs)
+        finally:
+            self.bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def batches(self, images):
+        """What is left of this epoch's images, in batches."""
+        from common import batches
+
+        epoch, skip = divmod(self.step, self.steps_per_epoch)
+        self.clock = time.time()
+        yield from batches(images, self.args.batch_size, self.args.seed, epoch, skip)
+
+    def record(self, terms):
+        """Count a step with its terms, {name: tensor ()}; stop the run if it is time.
+
+        It waits for the device, to check what came out, once a second and where an epoch ends.
+        """
+        self.latest = terms  # for ebm.py's check
+        for name, value in terms.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
+        self.step += 1
+        self.bar.update(self.args.batch_size)
+        now = time.time()
+        self.seconds += now - self.clock
+        self.clock = now
+        limit = self.args.time_limit
+        if self.exit_status is None and limit is not None and now - self.started > 60 * limit:
+            self.exit_status = 0
+        stops = self.exit_status is not None
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if now - self.checked_time < 1 and not stops and not ends_epoch:
+            return
+        self.checked_time = now
+        self.check()
+        if not ends_epoch:  # else end_epoch() does it
+            if stops or now - self.saved_time > 600:
+                self.save()
+            if stops:
+                self.leave(self.exit_status)
+
+    def means(self):
+        """{name: mean over this epoch's steps so far}."""
+        return {name: (total / count).item() for name, (total, count) in self.sums.items()}
+
+    def check(self):
+        """Show the means; end the run if weights are not finite, before such are saved."""
+        self.bar.set_postfix({name: f"{mean:.4g}" for name, mean in self.means().items()})
+        weights = [*self.parts["net"].parameters(), *self.parts["ema"].parameters()]
+        if not nn.utils.get_total_norm(weights).isfinite():
+            lower = f"--lr {self.args.lr / 3:.1g}"
+            advice = f"start again with {lower}"
+            if self.saved_step is not None:
+                out = shlex.quote(str(self.out))
+                advice = f"step {self.saved_step} is saved: --resume {lower} --out {out}"
+            raise FloatingPointError(f"weights are not finite at step {self.step}; {advice}")
+
+    def end_epoch(self, measured):
+        """Log the epoch, with what was measured after it as {name: number}; save; stop if due."""
+        before = self.rows[-1]["seconds"] if self.rows else 0.0
+        images = self.steps_per_epoch * self.args.batch_size
+        row = {"epoch": self.step // self.steps_per_epoch, "seconds": self.seconds}
+        row["images/s"] = images / max(self.seconds - before, 1e-9)
+        row.update(self.means())
+        row.update(measured)
+        self.rows.append(row)
+        self.sums = {}
+        self.save()
+        write_log(self.rows, self.out)
+        self.bar.write("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
+        if self.exit_status is not None:
+            self.leave(self.exit_status)
+
+    def on_signal(self, number, frame):
+        """Stop after this step; at once if it is the second signal or nothing would be lost."""
+        if self.exit_status is not None or self.step == self.saved_step:
+            self.leave(128 + number)
+        self.exit_status = 128 + number
+
+    def leave(self, status):
+        """End the program and say how to go on."""
+        self.bar.close()
+        why = {0: "time limit", 128 + signal.SIGINT: "interrupted"}.get(status, "terminated")
+        saved = "nothing is saved"
+        if self.saved_step is not None:
+            out = shlex.quote(str(self.out))
+            saved = f"saved step {self.saved_step} of {self.total}, go on with --resume --out {out}"
+        print(f"{why}: {saved}")
+        raise SystemExit(status)
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def test_bound(net, images):
+    """Mean of -ln p(x|z), (), and of KL, (G, n), over uint8 images, in bits/dim; fixed noise."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    reconstructions = []
+    kls = []
+    for batch in images.split(100):
+        reconstruction, kl = elbo(net, scaled(batch), generator)
+        reconstructions.append(reconstruction)
+        kls.append(kl)
+    nats = nats_of_one_bit(images)
+    return torch.cat(reconstructions).mean() / nats, torch.cat(kls).mean(0) / nats
+
+
+def kl_weight(step, warmup_steps):
+    """beta: up to 1 over the warm-up; never 0, without which nothing would hold the KL at all."""
+    return 1.0 if step >= warmup_steps else max(1e-4, step / warmup_steps)
+
+
+def describe_network(args, images):
+    """The arguments of NVAE, by name; a checkpoint keeps them."""
+    flags = {flag: getattr(args, flag) for flag in NETWORK_FLAGS}
+    return {**flags, "channels": images.shape[1], "image_size": images.shape[2]}
+
+
+def build(args, network):
+    """The network with these arguments, by name, on the device of the run."""
+    try:
+        net = NVAE(**network, amp=args.amp)
+    except (TypeError, ValueError) as error:
+        die(error)
+    return net.to(args.device, memory_format=torch.channels_last)
+
+
+def train(args, checkpoint=None):
+    """Train on --data from the start or, given a checkpoint, from where that was saved."""
+    from common import fingerprint, load, save_grid
+
+    images, test = (split.to(args.device) for split in load(args.data, args.subset))
+    network = checkpoint["network"] if checkpoint else describe_network(args, images)
     torch.manual_seed(args.seed)
-    net = NVAE(*(getattr(args, key) for key in KEPT[:9]), args.amp)  # in its order
-    return net.to(device, memory_format=torch.channels_last)
-def measure(net, images):
-    """-ln p(x|z) () and KL (G, n) of uint8 images, on average, in bits/dim, with fixed noise."""
-    g = torch.Generator(images.device).manual_seed(0)
-    parts = zip(*(elbo(net, scaled(x), g) for x in images.split(100)), strict=True)
-    return [torch.cat(part).double().mean(0).cpu() / NATS for part in parts]
-def train(args, state, device, out):
-    """Start, or go on from the checkpoint `state`."""
-    from tqdm import tqdm
-    from common import batches, load, save_grid
-    images, test = (split.to(device) for split in load(args.data, args.subset))
-    size, steps = args.batch_size, len(images) // args.batch_size  # steps an epoch
-    if not steps:
-        die(f"{len(images)} training images do not fill a batch: lower --batch-size")
-    total, step, seconds, rows = args.epochs * steps, 0, 0.0, []
-    net, g = build(args, device), torch.Generator(device).manual_seed(args.seed)
-    ema, spectral = copy.deepcopy(net).requires_grad_(False), Spectral(net)
-    losses = torch.zeros(steps, len(TERMS), device=device)  # of the current epoch, in bits/dim
+    net = build(args, network)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    spectral = Spectral(net)
     optimizer = torch.optim.Adamax(net.parameters(), args.lr, foreach=True)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+
     parts = {"net": net, "ema": ema, "optimizer": optimizer, "spectral": spectral}
-    if state:
-        step, seconds, rows = state["step"], state["seconds"], state["rows"]
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
-        len(g.get_state()) == len(state["random"]) and g.set_state(state["random"])  # same device
-        losses[: len(state["losses"])] = state["losses"].to(device)
-    for cell in (part for part in net.modules() if args.compile and isinstance(part, Cell)):
-        cell.compile()  # for all at once would be a very long program
-    print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(images)} images"
-          f", step {step} of {total} on {device}{', bf16' * args.amp}")
-    out.mkdir(parents=True, exist_ok=True)
-    def save():
-        save_checkpoint(out / "checkpoint.pt", {
-            "args": {key: getattr(args, key) for key in KEPT}, "rows": rows,
-            "epoch": step // steps, "step": step, "seconds": seconds, "random": g.get_state(),
-            "losses": losses, **{key: part.state_dict() for key, part in parts.items()}})
-    stop = []  # why, once there is a reason; a second Ctrl-C does not wait for the end of the step
-    signal.signal(signal.SIGINT, lambda *signal_and_frame: (
-        signal.default_int_handler(*signal_and_frame) if stop else stop.append("interrupted")))
-    bar = tqdm(total=total * size, initial=step * size, unit="img", disable=None)
-    begin, shown = time.time(), 0
-    while step < total and not stop:
-        tick, first = time.time(), step
-        for x in batches(images, size, args.seed, epoch=step // steps, skip=step % steps):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr)
-            beta = min(1.0, max(1e-4, (step + 1e-9) / (args.kl_warmup * steps + 1e-9)))
-            reconstruction, kl = elbo(net, scaled(x), g)
-            regulariser = args.spectral * spectral()
-            loss = reconstruction.mean() + kl_loss(kl.sum(2), beta, net.alpha) + regulariser
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            update_ema(ema, net, step, args.ema * total)
-            terms = reconstruction.mean(), kl.sum((1, 2)).mean(), regulariser
-            losses[step % steps] = torch.stack([terms[0] + terms[1], *terms]).detach() / NATS
-            step, now = step + 1, time.time()
-            bar.update(size)
-            if args.time_limit is not None and now - begin > 60 * args.time_limit:
-                stop.append("time limit")
-            if now - shown > 1 or stop or step % steps == 0:  # the only wait for the device
-                losses[(step - 1) % steps] += 0 * sum(p.sum() for p in ema.parameters())  # or nan
-                done = losses[: (step - 1) % steps + 1]
-                bad = (~done.isfinite().all(1)).nonzero().flatten().tolist()
-                if bad:
-                    raise FloatingPointError(
-                        f"loss not finite at step {(step - 1) // steps * steps + bad[0]} ("
-                        f"{', '.join(TERMS[1:])}: {done[bad[0], 1:].tolist()} bits/dim); {out} is "
-                        f"as before: --resume or, elsewhere, start with --lr {args.lr / 3:.1g}")
-                bar.set_postfix(loss=f"{done[-1, 0]:.3f}", epoch=f"{step / steps:.1f}")
-                shown = now
-            if stop:
-                break
-        seconds += time.time() - tick
-        if step % steps == 0:
-            rate = (step - first) * size / (time.time() - tick)
-            bound = sum(part.sum().item() for part in measure(calibrated(ema, images), test[:1000]))
-            rows.append({"epoch": step // steps, "images/s": rate, "seconds": seconds, "test loss":
-                         bound, **dict(zip(TERMS, losses.mean(0).tolist(), strict=True))})
-            save()
-            write_log(rows, out)
-            bar.write("  ".join(f"{key} {value:.5g}" for key, value in rows[-1].items()))
-        if step == total or step % (steps * args.sample_every) == 0:
-            fixed, t = torch.Generator(device).manual_seed(args.seed), args.temperature
-            x = sample(calibrated(ema, None, t), 64, t, args.pixels, fixed)
-            save_grid(x, out / f"samples_{step // steps:04d}.png")
-    bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if step < total:
-        save()
-        print(f"{stop[0]}: saved step {step} of {total}, go on with --resume --out {out}")
-        raise SystemExit(130 if stop[0] == "interrupted" else 0)
-    draw_pictures(args, ema, images, test, out)
-# ------------------------------------------------------------------------------------------- uses
-def sample(net, count, temperature, pixels=1.0, g=None):
-    """uint8 images (count, 3, 32, 32) from a network calibrated for this temperature of z."""
-    logits, _ = net.top_down(noise(g, net.start.device), count, temperature=temperature)
-    return quantise(dmol_sample(logits, pixels, g))
-def draw_pictures(args, net, images, test, out):
-    """Reconstructions, samples by temperature, and what each scale of latents holds."""
+    facts = {"network": network, "data": f"{len(images)} images {fingerprint(images)}"}
+    run = Run(args, images, parts, facts, generator)
+    if checkpoint:
+        run.restore(checkpoint)
+    if args.compile:
+        for cell in (layer for layer in net.modules() if isinstance(layer, Cell)):
+            cell.compile()  # cell by cell, as the whole would be a very long program
+
+    warmup_steps = args.kl_warmup * run.steps_per_epoch
+    for epoch in run.epochs():
+        for batch in run.batches(images):
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * warmup_cosine(run.step, run.total)
+            beta = kl_weight(run.step, warmup_steps)
+            terms = training_step(net, spectral, optimizer, batch, beta, args.spectral, generator)
+            update_ema(ema, net, run.step, args.ema)
+            run.record(terms)
+        reconstruction, kl = test_bound(calibrated_on_images(ema, images), test[:1000])
+        run.end_epoch({"test loss": (reconstruction + kl.sum()).item()})
+        if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.epochs:
+            x = draw_samples(args, ema, 64, args.temperature)
+            save_grid(x, run.out / f"samples_{epoch + 1:04d}.png")
+    draw_reconstructions(args, ema, images, test, run.out)
+    draw_scales(args, ema, images, test, run.out)
+    rows = [draw_samples(args, ema, 8, temperature) for temperature in (0.6, 0.7, 0.8, 0.9, 1.0)]
+    save_grid(torch.cat(rows), run.out / "temperatures.png")
+
+
+# --------------------------------------------------------------------------------------------- uses
+# What can be done with trained weights: a function for each flag. They write into --out.
+
+
+def draw_samples(args, net, count, temperature):
+    """uint8 images from noise that is always the same."""
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    net = calibrated_on_samples(net, temperature)
+    return sample(net, count, temperature, args.pixels, generator)
+
+
+@torch.no_grad()
+def draw_reconstructions(args, net, images, test, out):
+    """reconstructions.png: test images, each left of what is decoded from its latents."""
     from common import save_grid
-    g, x, seen = torch.Generator(images.device), test[:32], calibrated(net, images)
-    draw, rows = noise(g.manual_seed(args.seed), x.device), []
-    logits, groups = seen.top_down(draw, len(x), seen.bottom_up(scaled(x)))
-    pairs = torch.stack([x, quantise(dmol_mean(logits))], dim=1)  # originals left of their copies
+
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    net = calibrated_on_images(net, images)
+    x = test[:32]
+    logits, _ = net(scaled(x), net.noise(len(x), generator))
+    pairs = torch.stack([x, quantise(dmol_mean(logits, net.channels))], dim=1)
     save_grid(pairs.flatten(0, 1), out / "reconstructions.png")
-    # A row for each scale of four images: the image, and seven draws of all groups from there on.
-    for i, known in product(range(min(4, len(x))), sorted({0, *accumulate(net.scales[::-1])})[:-1]):
-        z = [group["z"][i:i + 1].expand(7, -1, -1, -1) for group in groups[:known]]
-        logits, _ = seen.top_down(draw, 7, z=z)
-        rows += [x[i:i + 1], quantise(dmol_mean(logits))]
-    save_grid(torch.cat(rows), out / "scales.png")
-    rows = [sample(calibrated(net, None, t / 10), 8, t / 10, args.pixels, g.manual_seed(args.seed))
-            for t in (6, 7, 8, 9, 10)]
-    save_grid(torch.cat(rows), out / "temperatures.png")
-def apply(args, state, device, out):
-    """What --generate, --interpolate and --evaluate do with the trained weights."""
-    from matplotlib.figure import Figure
-    from common import export, load, save_grid
-    net = build(args, device).requires_grad_(False)
-    net.load_state_dict(state["ema"])
-    g, t = torch.Generator(device).manual_seed(args.seed), args.temperature
-    sampler = calibrated(net, None, t) if args.generate or args.interpolate else None
-    for start in range(0, args.generate or 0, 256):
-        x = sample(sampler, min(256, args.generate - start), t, args.pixels, g)
+
+
+@torch.no_grad()
+def redraw(net, encoder, batch, known, generator):
+    """Images like those of the batch: z of the first `known` groups from q, the others from p."""
+    _, draws = encoder(scaled(batch), encoder.noise(len(batch), generator))
+    given = [draw.z for draw in draws[:known]]
+    logits, _ = net.generate(net.noise(len(batch), generator), given=given)
+    return quantise(dmol_mean(logits, net.channels))
+
+
+def draw_scales(args, net, images, test, out):
+    """scales.png: for each of four images a row for each level of latents, coarsest first.
+
+    A row has the image, and seven draws that keep its latents of the levels in the rows above:
+    the first row keeps none, the last all but those of the finest level.
+    """
+    from common import save_grid
+
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    encoder = calibrated_on_images(net, images)
+    counts = [count for count in reversed(net.groups_by_level) if count > 0]
+    grids = []
+    for level in range(len(counts)):
+        known = sum(counts[:level])  # groups of the levels above
+
+        def run(net, batch, known=known):
+            redraw(net, encoder, batch, known, generator)
+
+        calibrated_net = calibrated(net, run, batches_of_one_size(images))
+        rows = []
+        for x in test[:4].split(1):
+            seven = x.expand(7, -1, -1, -1)
+            drawn = redraw(calibrated_net, encoder, seven, known, generator)
+            rows.append(torch.cat([x, drawn]))
+        grids.append(torch.stack(rows))  # (4 images, 1 + 7, C, H, W)
+    save_grid(torch.stack(grids, dim=1).flatten(0, 2), out / "scales.png")
+
+
+def generate(args, net):
+    """--generate N: PNG files, drawn 256 at a time."""
+    from common import export, save_grid
+
+    out = Path(args.out)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    net = calibrated_on_samples(net, args.temperature)
+    for start in range(0, args.generate, 256):
+        count = min(256, args.generate - start)
+        x = sample(net, count, args.temperature, args.pixels, generator)
         export(x, out / "generated", start)
         if start == 0:
             save_grid(x[:64], out / "generated.png")
-        print(f"{start + len(x)} of {args.generate} images in {out / 'generated'}")
-    if args.interpolate:  # each row along the sphere between two draws of noise, group by group
-        angle = torch.linspace(0, math.pi / 2, 8, device=device)[:, None, None, None]
-        def between(shape):
-            a, b = torch.randn(2, 8, 1, *shape[1:], generator=g, device=device)
-            return (angle.cos() * a + angle.sin() * b).flatten(0, 1)
-        logits, _ = sampler.top_down(between, 64, temperature=t)
-        save_grid(quantise(dmol_mean(logits)), out / "interpolate.png")
+        print(f"{start + count} of {args.generate} images in {out / 'generated'}")
+
+
+@torch.no_grad()
+def interpolate(args, net):
+    """--interpolate: a row leads from one noise to another; cos^2 + sin^2 = 1 keeps its std."""
+    from common import save_grid
+
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    net = calibrated_on_samples(net, args.temperature)
+    angle = torch.linspace(0, math.pi / 2, 8, device=args.device)[:, None, None, None]
+    eps = []
+    for start, end in zip(net.noise(8, generator), net.noise(8, generator), strict=True):
+        between = angle.cos() * start[:, None] + angle.sin() * end[:, None]
+        eps.append(between.flatten(0, 1))  # 8 rows of 8
+    logits, _ = net.generate(eps, args.temperature)
+    save_grid(quantise(dmol_mean(logits, net.channels)), Path(args.out) / "interpolate.png")
+
+
+def evaluate(args, net, images, test):
+    """--evaluate: the bound on all test images, KL and active latents by group, a tighter bound."""
+    from matplotlib.figure import Figure
+
+    net = calibrated_on_images(net, images)
+    nats = nats_of_one_bit(test)
+    reconstruction, kl = test_bound(net, test)
+    for i, latents in enumerate(kl, start=1):
+        active = (latents * nats > 0.1).sum()  # from 0.1 nats an image on
+        print(
+            f"group {i:3}  KL {latents.sum():.4f} bits/dim  active units {active} of {len(latents)}"
+        )
+    axes = Figure().add_subplot(xlabel="group, from coarse to fine", ylabel="KL, bits/dim")
+    axes.bar(range(1, len(kl) + 1), kl.sum(1).tolist())
+    axes.figure.savefig(Path(args.out) / "kl_by_group.png")
+    print(
+        f"ELBO {reconstruction + kl.sum():.4f} bits/dim: reconstruction {reconstruction:.4f}, "
+        f"KL {kl.sum():.4f}, of {len(test)} test images"
+    )
+    few = test[: args.iw_images]
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    bounds = [iw_bound(net, scaled(batch), args.iw, generator) for batch in few.split(100)]
+    reconstruction, kl = test_bound(net, few)
+    print(
+        f"IW bound, K = {args.iw}: {-torch.cat(bounds).mean() / nats:.4f} bits/dim, of {len(few)} "
+        f"test images whose ELBO is {reconstruction + kl.sum():.4f}"
+    )
+
+
+def use(args, checkpoint):
+    """Do what the flags ask for with the averaged weights of a checkpoint."""
+    from common import load
+
+    net = build(args, checkpoint["network"]).requires_grad_(False)
+    load_states(checkpoint, {"ema": net})
+    if args.generate:
+        generate(args, net)
+    if args.interpolate:
+        interpolate(args, net)
     if args.evaluate:
-        images, test = (split.to(device) for split in load(args.data, args.subset))
-        seen, few = calibrated(net, images), test[: args.iw_images]
-        reconstruction, kl = measure(seen, test)
-        axes = Figure().add_subplot(xlabel="group, from coarse to fine", ylabel="KL, bits/dim")
-        for i, units in enumerate(kl, 1):  # a unit, channel of z_i, is active from 0.1 nats on
-            axes.bar(i, units.sum().item(), color="C0")
-            print(f"group {i:3}  KL {units.sum():.4f} bits/dim  active units "
-                  f"{(units * NATS > 0.1).sum()} of {len(units)}")
-        axes.figure.savefig(out / "kl_by_group.png")
-        print(f"ELBO {reconstruction + kl.sum():.4f} bits/dim: reconstruction {reconstruction:.4f},"
-              f" KL {kl.sum():.4f}, of {len(test)} test images")
-        bits = torch.cat([iw_bound(seen, scaled(x), args.iw, g) for x in few.split(100)]) / -NATS
-        print(f"IW bound, K = {args.iw}: {bits.mean():.4f} bits/dim, of {len(few)} test images "
-              f"whose ELBO is {sum(part.sum() for part in measure(seen, few)):.4f}")
-# -------------------------------------------------------------------------------------------- CLI
-KEPT = """width mults groups cells outer expand flows residual mixtures data subset batch_size seed
-    epochs lr ema sample_every kl_warmup spectral temperature pixels""".split()
-def parse(argv=None):
-    """(args, checkpoint or None, use); what a checkpoint knows stands in for flags not given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: die(f"{message} (see --help)")
-    tick, switch = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
-    def flag(name, default, text, **options):
-        kind = {} if "action" in options else {"type": type(default)}
-        text += f" (default: {default})" if default else ""
-        group.add_argument(name, default=default, help=text, **{**kind, **options})
-    group = parser.add_argument_group("the same in nvae.py, ncsn.py and ebm.py")
-    flag("--data", "cifar10", "cifar10, shapes, a folder of images or a .npz file")
-    flag("--subset", 0, "train on that many images only; 0, the default, is all")
-    flag("--epochs", 50, "passes over the training images")
-    flag("--batch-size", 128, "images a step")
-    flag("--lr", 1e-2, "highest learning rate")
-    flag("--ema", 0.05, "half-life of the average of weights, as a share of the run")
-    flag("--seed", 0, "of weights, order of images and noise; 0 by default")
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here = [*["cuda"][: len(gpus)], *gpus, "cpu"]
-    flag("--device", here[0], "where to compute", choices=here)
-    flag("--amp", None, "bf16 in the network; by default on cuda and cpus that have it", **switch)
-    flag("--compile", None, "torch.compile; by default on cuda", **switch)
-    flag("--out", f"runs/{NAME}", "folder of the run")
-    flag("--resume", False, "go on from the checkpoint in --out", **tick)
-    flag("--time-limit", None, "then save and stop", type=float, metavar="MINUTES")
-    flag("--sample-every", 5, "epochs from one grid of samples to the next")
-    flag("--generate", None, "only write that many samples as PNG files", type=int, metavar="N")
-    flag("--evaluate", False, "only measure on the test images", **tick)
-    group = parser.add_argument_group(NAME)
-    numbers = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,N,..."}
-    flag("--width", 64, "channels at 32x32")
-    flag("--mults", [1, 2], "channels at 32x32, 16x16, ..., in widths; the last repeats", **numbers)
-    flag("--groups", [12, 8], "of latents, at 16x16, 8x8, ..., 0 for none", **numbers)
-    flag("--cells", 1, "residual cells each way a group")
-    flag("--outer", 2, "residual cells each way at 32x32")
-    flag("--expand", 6, "channels of depthwise convolutions, in units of the others'")
-    flag("--flows", 0, "inverse autoregressive flows a group; 0 by default")
-    flag("--residual", 0.1, "scale of what a cell adds; more for a shallow network")
-    flag("--mixtures", 10, "logistics a pixel: fewer leave more to the latents")
-    flag("--kl-warmup", 2.0, "epochs in which the weight of the KL rises to 1")
-    flag("--spectral", 1e-2, "weight lambda of the regulariser")
-    flag("--temperature", 0.7, "of latents: 1 is the model's own, less is safer and duller")
-    flag("--pixels", 0.7, "temperature of pixels given the latents: less is smoother")
-    flag("--interpolate", False, "only draw the ways between samples", **tick)
-    flag("--iw", 20, "draws of z for the importance-weighted bound of --evaluate", metavar="K")
-    flag("--iw-images", 1000, "test images of that bound")
-    args, state = parser.parse_args(argv), None
-    path = Path(args.out) / "checkpoint.pt"
-    use = args.generate or args.evaluate or args.interpolate
-    if use or args.resume:
-        state = load_checkpoint(path)
-        parser.set_defaults(**state["args"])
-        args = parser.parse_args(argv)
-        for key in KEPT[: 9 if use else 13]:
-            if getattr(args, key) != state["args"][key]:
-                name = key.replace("_", "-")
-                die(f"{path} was trained with --{name} {state['args'][key]}: leave that flag out")
-    elif path.exists():
-        die(f"{path} is there already: go on with --resume, or name another folder with --out")
-    for key, value in vars(args).items():
-        low = 1e-9 * (key not in "subset lr seed time_limit flows kl_warmup spectral".split())
-        if type(value) in (int, float) and not low <= value < 2**31:
-            die(f"--{key.replace('_', '-')} {value} is out of range")
-    if min(args.mults) < 1 or min(args.groups) < 0 or not any(args.groups) or len(args.groups) > 4:
-        die("--groups takes one to four numbers, 0 for none, not all 0; --mults numbers above 0")
-    return args, state, use
-def main(argv=None):
-    args, state, use = parse(argv)
-    device, gpu = torch.device(args.device), args.device != "cpu"
-    args.compile = gpu if args.compile is None else args.compile
-    bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # bool() is False
-    args.amp = gpu or bf16() if args.amp is None else args.amp
+        images, test = (split.to(args.device) for split in load(args.data, args.subset))
+        evaluate(args, net, images, test)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+HERE = ["device", "amp", "compile", "out", "resume", "time_limit"]  # checkpoints do not keep them
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line, without the usage."""
+
+    def error(self, message):
+        die(f"{message} (see --help)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the docstring as it is."""
+
+
+def number(kind, low, above=False, most=2**31 - 1):
+    """For add_argument(type=...): an int or float from low (or above it) to most."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= most or (above and value == low):
+            raise ValueError
+        return value
+
+    convert.__name__ = (
+        f"{kind.__name__} {'above' if above else 'from'} {low} to {most}"  # in errors
+    )
+    return convert
+
+
+def numbers(low, most):
+    """For add_argument(type=...): up to `most` ints of at least `low`, as in 1,2,3."""
+
+    def convert(text):
+        values = [int(part) for part in text.split(",")]
+        if min(values) < low or max(values) < 1 or len(values) > most:
+            raise ValueError
+        return values
+
+    convert.__name__ = f"list of up to {most} ints of at least {low}"
+    return convert
+
+
+def device(text):
+    """For add_argument(type=...): a torch.device that can compute."""
     try:
-        (apply if use else train)(args, state, device, Path(args.out))
+        place = torch.device(text)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({reason})") from None
+    return place
+
+
+def shared_parser(lr):
+    """The flags that nvae.py, ncsn.py and ebm.py have in common."""
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
+    count = number(int, 1)
+    share = number(float, 0, above=True)
+    fastest = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument
+    add("--data", default="cifar10", help="cifar10, shapes, a folder of images or a .npz file")
+    add("--subset", default=0, type=number(int, 0), help="train on that many images, 0 for all")
+    add("--epochs", default=50, type=count, help="passes over the training images")
+    add("--batch-size", default=128, type=count, help="images a step")
+    add("--lr", default=lr, type=number(float, 0), help="highest learning rate")
+    add("--ema", default=0.05, type=share, help="half-life of averaged weights / steps so far")
+    add("--seed", default=0, type=number(int, 0), help="of weights, order of images and noise")
+    add("--device", default=str(fastest), type=device, help="cpu, cuda, cuda:1, mps, xpu, ...")
+    add("--amp", action=switch, help="bf16 in the network; if not given, where it is native")
+    add("--compile", action=switch, help="torch.compile; if not given, on cuda")
+    add("--out", default=f"runs/{NAME}", help="folder of the run")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--time-limit", type=number(float, 0), metavar="MINUTES", help="save and stop after that")
+    add("--sample-every", default=5, type=count, help="epochs from one picture to the next")
+    add("--generate", type=count, metavar="N", help="only write N samples as PNG files")
+    add("--evaluate", action="store_true", help="only measure on the test images")
+    return parser
+
+
+USES = ["generate", "evaluate", "interpolate"]  # of trained weights
+# When weights are there, NETWORK_FLAGS cannot be changed; when training goes on, RUN_FLAGS neither.
+NETWORK_FLAGS = [
+    "width",
+    "mults",
+    "groups",
+    "cells",
+    "outer",
+    "expand",
+    "flows",
+    "residual",
+    "mixtures",
+]
+RUN_FLAGS = ["batch_size", "seed", "subset"]
+
+
+def make_parser():
+    """All flags of this script."""
+    parser = shared_parser(lr=1e-2)
+    add = parser.add_argument_group(NAME).add_argument
+    count = number(int, 1)
+    positive = number(float, 0, above=True)
+    widths = numbers(1, most=5)
+    counts = numbers(0, most=4)
+    add("--width", default=64, type=count, help="channels at full resolution")
+    add("--mults", default=[1, 2], type=widths, metavar="M,M,...", help="widths by resolution")
+    add("--groups", default=[12, 8], type=counts, metavar="N,N,...", help="at 1/2, 1/4, ...")
+    add("--cells", default=1, type=count, help="residual cells each way before a group")
+    add("--outer", default=2, type=count, help="residual cells each way at full resolution")
+    add("--expand", default=6, type=count, help="channels of depthwise convolutions / others'")
+    add("--flows", default=0, type=number(int, 0), help="inverse autoregressive flows a group")
+    add("--residual", default=0.1, type=positive, help="scale of what a cell adds")
+    add("--mixtures", default=10, type=count, help="logistics a pixel")
+    add("--kl-warmup", default=2.0, type=number(float, 0), help="epochs until the KL counts fully")
+    add("--spectral", default=1e-2, type=number(float, 0), help="lambda, weight of R")
+    add("--temperature", default=0.7, type=positive, help="of latents: below 1 safer and duller")
+    add("--pixels", default=0.7, type=positive, help="temperature of pixels: below 1 smoother")
+    add("--interpolate", action="store_true", help="only draw the ways between samples")
+    add("--iw", default=20, type=count, metavar="K", help="draws of z for the tighter bound")
+    add("--iw-images", default=1000, type=count, help="test images for the tighter bound")
+    return parser
+
+
+def parse(argv=None):
+    """(args, checkpoint or None). A checkpoint's flags stand in for those that are not given."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    path = Path(args.out) / "checkpoint.pt"
+    uses = any(getattr(args, use) for use in USES)
+    if not uses and not args.resume:
+        if path.exists():
+            die(f"{path} is there already: go on with --resume, or name another folder with --out")
+        return args, None
+    checkpoint = load_checkpoint(path)
+    parser.set_defaults(**checkpoint["args"])
+    args = parser.parse_args(argv)
+    for flag in NETWORK_FLAGS + ([] if uses else RUN_FLAGS):
+        trained = checkpoint["args"].get(flag)
+        if getattr(args, flag) != trained:
+            name = flag.replace("_", "-")
+            die(f"{path} was trained with --{name} {trained}: leave that flag out")
+    return args, checkpoint
+
+
+def bf16_is_native(place):
+    """Whether the device multiplies in bf16; where it only imitates that, fp32 is faster."""
+    if place.type == "cuda":
+        return torch.cuda.get_device_capability(place) >= (8, 0)
+    if place.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def main(argv=None):
+    """Train, or use trained weights, as the command line says."""
+    if sys.version_info < (3, 10):  # noqa: UP036
+        die("Python 3.10 or later is needed")
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):  # lines at once, in any terminal's characters
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    args, checkpoint = parse(argv)
+    if args.amp is None:
+        args.amp = bf16_is_native(args.device)
+    if args.compile is None:  # its compiler, Triton, needs a GPU of capability 7
+        cuda = args.device.type == "cuda"
+        args.compile = cuda and torch.cuda.get_device_capability(args.device) >= (7, 0)
+    try:
+        if any(getattr(args, use) for use in USES):
+            use(args, checkpoint)
+        else:
+            train(args, checkpoint)
     except OSError as error:
-        die(f"{error}; what was there before is kept: mend that, then --resume")
+        die(f"{error} (checkpoint.pt and log.csv are written whole or not at all)")
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         die(error)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(128 + signal.SIGINT) from None
+
 
 if __name__ == "__main__":
     main()
