@@ -121,9 +121,9 @@ class ScoreNet(nn.Module):
     F is a U-Net with width * mults channels at full, half, quarter ... resolution, and at each of
     them `blocks` blocks on the way down and on the way up. At the depths in `attention` (0 is full
     resolution, 1 half), and in the middle, all pixels see each other, at a cost that grows with the
-    square of their number: (1, 2) is for 32x32 pixels, (2, 3) for 64x64. measure() finds
-    sigma_data, the root mean square of the images, and sigma_max, the largest noise of use. amp
-    computes F in bf16.
+    square of their number: (1, 2) is for 32x32 pixels; 64x64 want (2, 3) and one more of mults.
+    measure() finds sigma_data, the root mean square of the images, and sigma_max, the largest noise
+    of use. amp computes F in bf16.
     """
 
     def __init__(
@@ -207,8 +207,8 @@ class ScoreNet(nn.Module):
         """D(y, sigma), shaped like y; sigma is a number or a tensor () or (B,).
 
         y has mean square r^2 = sigma^2 + sigma_data^2, so F sees y / r. c_skip y is the best guess
-        that is linear in y. What it lacks, x - c_skip y, has mean square c_out^2, so the target of
-        F is (x - c_skip y) / c_out.
+        that is a multiple of y. What it lacks, x - c_skip y, has mean square c_out^2, so the target
+        of F is (x - c_skip y) / c_out.
         """
         sigma = as_column(sigma, y)
         r = (sigma**2 + self.sigma_data**2).sqrt()
@@ -435,10 +435,9 @@ def bits_per_dim(score, x, levels, generator=None):
     as N(0, sigma_1^2 I), nearly. Where a flow diverges, density thins: along the path log p
     changes by minus the divergence of dy/dsigma, so (Song et al. 2021, equation 39)
         log p(x) = log N(y at sigma_1; 0, sigma_1^2 I) + integral of the divergence over sigma
-    The divergence is the trace of the Jacobian J, and for a vector v of random signs v . J v
-    has that trace as its mean, as v_i v_i = 1 and v_i v_j is 0 on average (Hutchinson). x
-    should be dequantised: its uniform noise has the std of sigma_L and stands in for Gaussian
-    noise.
+    The divergence is the trace of the Jacobian J, and for a vector v of random signs v . J v has
+    that trace as its mean, as v_i v_i = 1 and v_i v_j is 0 on average (Hutchinson). x should be
+    dequantised, as images were in training.
     """
     signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
     v = signs * 2.0 - 1
