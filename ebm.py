@@ -253,8 +253,8 @@ class Settings:
 
     def walk(self, energy, x, steps, generator=None, constrain=unconstrained):
         """langevin() with these settings."""
-        size, noise, clamp = self.step_size, self.noise, self.clamp
-        return langevin(energy, x, steps, size, noise, clamp, generator, constrain)
+        a = self.step_size
+        return langevin(energy, x, steps, a, self.noise, self.clamp, generator, constrain)
 
 
 def draw(energy, x, steps, settings, d, generator=None):
