@@ -33,10 +33,10 @@ mean(E(data)^2 + E(chains)^2), keeps E near 0.
 The method ends with training_step(); train() is its loop. In your own project, import torch, ebm:
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net, settings = ebm.EnergyNet(8, mults=(1, 2), channels=1), ebm.Settings(steps=5)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(0.0, 0.999))
-    for x in images.split(16): ebm.training_step(net, optimizer, x, settings)
+    optimizers = ebm.make_optimizers(net)
+    for x in images.split(16): ebm.training_step(net, optimizers, x, settings)
     buffer = ebm.Buffer(32, images.shape[1:])
-    for x in images.split(16): ebm.training_step(net, optimizer, x, settings, buffer)
+    for x in images.split(16): ebm.training_step(net, optimizers, x, settings, buffer)
     samples = ebm.quantise(ebm.draw(net, torch.rand(4, 1, 28, 28), 20, settings, settings.d()))"""
 
 import argparse
@@ -297,6 +297,86 @@ class Buffer(nn.Module):
         self.gaps.copy_(torch.where(good, gaps, self.gaps))
 
 
+# --------------------------------------------------------------------------------------- optimisers
+# orthogonal and Muon are the same in nvae.py, ncsn.py and ebm.py.
+
+
+def orthogonal(matrix, iterations=5):
+    """U V^T, nearly, of a matrix U S V^T (rows, columns): singular values near 1 in place of S.
+
+    The Newton-Schulz iteration X <- P X with P = a I + b X X^T + c (X X^T)^2 keeps U and V, and
+    turns each singular value s into a s + b s^3 + c s^5. With the numbers of K. Jordan et al.
+    (2024, kellerjordan.github.io/posts/muon) small ones become 3.4 times as large each time, and
+    after five times all from 0.01 to 1 lie between 0.68 and 1.14. Division by the norm, the root of
+    the sum of their squares, first brings all below 1. As the next X X^T is P X X^T P, the loop can
+    do with these squares, which are small, and X itself is multiplied once.
+    """
+    x = matrix / (matrix.norm() + 1e-7)
+    rows, columns = x.shape
+    if rows > columns:
+        x = x.mT  # so that X X^T is the smaller square
+    square = x @ x.mT
+    identity = product = torch.eye(len(x), device=x.device)
+    for _ in range(iterations):
+        p = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
+        square = p @ square @ p
+        product = p @ product
+    x = product @ x
+    return x.mT if rows > columns else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Gradient descent with momentum made orthogonal, for weight matrices inside a network.
+
+    A gradient U S V^T is mostly made of the few directions with large singular values, in which the
+    loss is steep. Descent goes far along these and hardly moves along the others, which may matter
+    as much, and Adam, which looks at each weight alone, does not mend that. U V^T moves as far
+    along every direction: for an input of length 1, the output of the layer changes by `lr`. (More,
+    if there are more rows than columns: then the rows are made to change as much.)
+    A convolution counts as the matrix (C_out, rest) that maps a patch of its input to a pixel.
+    Vectors, and layers at the ends of the network, are better left to Adam.
+    A weight whose gradient is 0 stays where it is, in spite of momentum.
+    """
+
+    def __init__(self, weights, lr=0.02, momentum=0.95):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["average"] = torch.zeros_like(weight)
+                average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
+                ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov's momentum
+                change = orthogonal(ahead.flatten(1)) * weight.grad.any()
+                rows, columns = change.shape
+                rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                weight.sub_(change.view_as(weight), alpha=rate)
+
+
+def set_rate(optimizers, lr):
+    """Set the learning rates of make_optimizers()."""
+    muon, adam = optimizers
+    muon.param_groups[0]["lr"] = lr
+    adam.param_groups[0]["lr"] = lr / 20
+
+
+def make_optimizers(net, lr=0.02):
+    """[Muon for the convolutions of all blocks, Adam at lr / 20 for the other weights].
+
+    Both stand still where gradients are 0, as after cancel_bad_step(); Adam does so because its
+    momentum is 0.
+    """
+    hidden = [weight for weight in net.levels.parameters() if weight.dim() > 1]
+    ids = {id(weight) for weight in hidden}
+    rest = [weight for weight in net.parameters() if id(weight) not in ids]
+    optimizers = [Muon(hidden), torch.optim.Adam(rest, betas=(0.0, 0.999), fused=True)]
+    set_rate(optimizers, lr)
+    return optimizers
+
+
 # ------------------------------------------------------------------------------------ training step
 
 
@@ -338,11 +418,10 @@ def cancel_bad_step(net, gap, norm, recent_gaps):
     return good
 
 
-def training_step(net, optimizer, images, settings, buffer=None, generator=None):
+def training_step(net, optimizers, images, settings, buffer=None, generator=None):
     """One step on uint8 images (B, C, H, W): score matching, and with a buffer also chains.
 
-    The optimizer must stand still where gradients are 0: Adam with betas=(0.0, ...) does, while its
-    usual momentum would go on. Returns what is logged, {name: tensor ()}, all 0 but "skipped" if
+    Returns what is logged, {name: tensor ()}, all 0 but "skipped" if
     the step was bad: the terms of the loss; E of data, and of chains before and after their steps;
     their mean gradient and the share clamped; the share of pixels at 0 or 1, of chains (saturated)
     and of data.
@@ -359,11 +438,12 @@ def training_step(net, optimizer, images, settings, buffer=None, generator=None)
         loss = loss + chains_loss
         gap = terms["gap"].detach()
         recent_gaps = buffer.gaps
-    optimizer.zero_grad()
+    net.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
     good = cancel_bad_step(net, gap, norm, recent_gaps)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     net.project()
     if buffer is not None:
         buffer.put(slots, chains, gap, good)
@@ -712,11 +792,11 @@ def train(args, checkpoint=None):
     torch.manual_seed(args.seed)
     net = build(args, network)
     ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.0, 0.999), fused=True)
+    muon, adam = optimizers = make_optimizers(net)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     buffer = Buffer(max(args.buffer, args.batch_size), shape, generator, args.device)
 
-    parts = {"net": net, "ema": ema, "optimizer": optimizer, "buffer": buffer}
+    parts = {"net": net, "ema": ema, "muon": muon, "adam": adam, "buffer": buffer}
     data = f"{len(images)} images {fingerprint(images)}"
     facts = {"network": network, "shape": shape, "data": data}
     facts.update(d=settings.d(), smooth=settings.smooth, failures=0)
@@ -732,12 +812,12 @@ def train(args, checkpoint=None):
         for batch in run.batches(images):
             if run.saved_step is None:
                 run.save()  # something to go back to
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * warmup_cosine(run.step, run.total) / 2 ** facts["failures"]
+            rate = args.lr * warmup_cosine(run.step, run.total) / 2 ** facts["failures"]
+            set_rate(optimizers, rate)
             if run.step <= facts["warm_steps"] and run.step % 50 == 0:
                 centre_energy(net, batch, settings, generator)
             chains = buffer if run.step >= facts["warm_steps"] else None
-            terms = training_step(net, optimizer, batch, settings, chains, generator)
+            terms = training_step(net, optimizers, batch, settings, chains, generator)
             update_ema(ema, net, run.step, args.ema)
             run.record(terms)
         run.end_epoch({"failures": facts["failures"]})
@@ -984,7 +1064,7 @@ def shared_parser(lr):
     add("--subset", default=0, type=number(int, 0), help="train on that many images, 0 for all")
     add("--epochs", default=50, type=count, help="passes over the training images")
     add("--batch-size", default=128, type=count, help="images a step")
-    add("--lr", default=lr, type=number(float, 0), help="highest learning rate")
+    add("--lr", default=lr, type=number(float, 0), help="highest learning rate, of Muon")
     add("--ema", default=0.05, type=share, help="half-life of averaged weights / steps so far")
     add("--seed", default=0, type=number(int, 0), help="of weights, order of images and noise")
     add("--device", default=str(fastest), type=device, help="cpu, cuda, cuda:1, mps, xpu, ...")
@@ -1008,7 +1088,7 @@ SETTINGS_FLAGS = ["steps", "step_size", "noise", "clamp", "smooth", "fresh", "pe
 
 def make_parser():
     """All flags of this script."""
-    parser = shared_parser(lr=3e-4)
+    parser = shared_parser(lr=0.02)
     add = parser.add_argument_group(NAME).add_argument
     count = number(int, 1)
     share = number(float, 0, most=1)

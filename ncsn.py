@@ -34,8 +34,8 @@ The method ends with training_step(), train() is its loop; bookkeeping and comma
 all scripts. In your own project, import torch, ncsn (any size that halves; for EMA see train):
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net = ncsn.ScoreNet(*ncsn.measure(images), channels=1, width=16)
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    for batch in images.split(16): loss = ncsn.training_step(net, optimizer, batch)
+    optimizers = ncsn.make_optimizers(net)
+    for batch in images.split(16): loss = ncsn.training_step(net, optimizers, batch)
     levels = ncsn.heun_levels(net.sigma_max)
     samples = ncsn.quantise(ncsn.heun(net.score, levels[0] * torch.randn(4, 1, 28, 28), levels))"""
 
@@ -53,7 +53,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d, interpolate, silu
+from torch.nn.functional import (
+    avg_pool2d,
+    interpolate,
+    scaled_dot_product_attention,
+    silu,
+)
 
 NAME = "ncsn"
 
@@ -100,14 +105,23 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = norm(channels)
-        heads = math.gcd(max(1, channels // 64), channels)
-        self.attend = nn.MultiheadAttention(channels, heads, batch_first=True)
-        nn.init.zeros_(self.attend.out_proj.weight)
+        self.heads = math.gcd(max(1, channels // 64), channels)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
-        h, _ = self.attend(h, h, h, need_weights=False)
-        return (x + h.transpose(1, 2).reshape(x.shape)) / math.sqrt(2)
+        q, k, v = (
+            layer(h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, H*W, C / heads)
+            for layer in (self.query, self.key, self.value)
+        )
+        h = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.out(h).transpose(1, 2).reshape(x.shape)
+        return (x + h) / math.sqrt(2)
 
 
 def as_column(sigma, y):
@@ -132,7 +146,7 @@ class ScoreNet(nn.Module):
         sigma_max=100.0,
         width=128,
         mults=(1, 2, 2),
-        blocks=3,
+        blocks=(3,),
         channels=3,
         attention=(1, 2),
         amp=False,
@@ -142,6 +156,7 @@ class ScoreNet(nn.Module):
         self.sigma_max = sigma_max
         self.amp = amp
         widths = [width * mult for mult in mults]
+        counts = [blocks[min(depth, len(blocks) - 1)] for depth in range(len(mults))]
 
         # F is told ln sigma, which goes from about -6 to 5, by sines of ln sigma times a frequency:
         # over this range the slowest (0.03) hardly bends, the fastest (3.2) goes five times round.
@@ -156,7 +171,7 @@ class ScoreNet(nn.Module):
         before = widths[0]  # channels that come out of the layer before
         for depth, after in enumerate(widths):
             stage = nn.ModuleList()
-            for _ in range(blocks):
+            for _ in range(counts[depth]):
                 stage.append(Block(before, after, size, depth in attention))
                 before = after
             self.down.append(stage)
@@ -168,8 +183,8 @@ class ScoreNet(nn.Module):
         for depth in reversed(range(len(widths))):
             after = widths[depth]
             stage = nn.ModuleList()
-            for i in range(blocks):
-                is_last = i == blocks - 1  # only these have attention, to save time
+            for i in range(counts[depth]):
+                is_last = i == counts[depth] - 1  # only these have attention, to save time
                 stage.append(Block(before + after, after, size, is_last and depth in attention))
                 before = after
             self.up.append(stage)
@@ -465,18 +480,96 @@ def bits_per_dim(score, x, levels, generator=None):
     return 7 - log_p / (dim * math.log(2))
 
 
+# --------------------------------------------------------------------------------------- optimisers
+# orthogonal and Muon are the same in nvae.py, ncsn.py and ebm.py.
+
+
+def orthogonal(matrix, iterations=5):
+    """U V^T, nearly, of a matrix U S V^T (rows, columns): singular values near 1 in place of S.
+
+    The Newton-Schulz iteration X <- P X with P = a I + b X X^T + c (X X^T)^2 keeps U and V, and
+    turns each singular value s into a s + b s^3 + c s^5. With the numbers of K. Jordan et al.
+    (2024, kellerjordan.github.io/posts/muon) small ones become 3.4 times as large each time, and
+    after five times all from 0.01 to 1 lie between 0.68 and 1.14. Division by the norm, the root of
+    the sum of their squares, first brings all below 1. As the next X X^T is P X X^T P, the loop can
+    do with these squares, which are small, and X itself is multiplied once.
+    """
+    x = matrix / (matrix.norm() + 1e-7)
+    rows, columns = x.shape
+    if rows > columns:
+        x = x.mT  # so that X X^T is the smaller square
+    square = x @ x.mT
+    identity = product = torch.eye(len(x), device=x.device)
+    for _ in range(iterations):
+        p = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
+        square = p @ square @ p
+        product = p @ product
+    x = product @ x
+    return x.mT if rows > columns else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Gradient descent with momentum made orthogonal, for weight matrices inside a network.
+
+    A gradient U S V^T is mostly made of the few directions with large singular values, in which the
+    loss is steep. Descent goes far along these and hardly moves along the others, which may matter
+    as much, and Adam, which looks at each weight alone, does not mend that. U V^T moves as far
+    along every direction: for an input of length 1, the output of the layer changes by `lr`. (More,
+    if there are more rows than columns: then the rows are made to change as much.)
+    A convolution counts as the matrix (C_out, rest) that maps a patch of its input to a pixel.
+    Vectors, and layers at the ends of the network, are better left to Adam.
+    A weight whose gradient is 0 stays where it is, in spite of momentum.
+    """
+
+    def __init__(self, weights, lr=0.02, momentum=0.95):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["average"] = torch.zeros_like(weight)
+                average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
+                ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov's momentum
+                change = orthogonal(ahead.flatten(1)) * weight.grad.any()
+                rows, columns = change.shape
+                rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                weight.sub_(change.view_as(weight), alpha=rate)
+
+
+def set_rate(optimizers, lr):
+    """Set the learning rates of make_optimizers()."""
+    muon, adam = optimizers
+    muon.param_groups[0]["lr"] = lr
+    adam.param_groups[0]["lr"] = lr / 10
+
+
+def make_optimizers(net, lr=0.02):
+    """[Muon for the weight matrices of all blocks, Adam at lr / 10 for the other weights]."""
+    blocks = nn.ModuleList([net.down, net.middle, net.up])
+    hidden = [weight for weight in blocks.parameters() if weight.dim() > 1]
+    ids = {id(weight) for weight in hidden}
+    rest = [weight for weight in net.parameters() if id(weight) not in ids]
+    optimizers = [Muon(hidden), torch.optim.Adam(rest, fused=True)]
+    set_rate(optimizers, lr)
+    return optimizers
+
+
 # ------------------------------------------------------------------------------------ training step
 
 
-def training_step(net, optimizer, images, focus=0.6, generator=None):
+def training_step(net, optimizers, images, focus=0.6, generator=None):
     """One step on uint8 images (B, C, H, W). Returns the loss before it, a tensor ()."""
     x = dequantise(images, generator)
     sigma = sample_sigma(len(x), net.sigma_data, net.sigma_max, focus, generator, x.device)
     loss = denoising_loss(net, x, sigma, net.sigma_data, generator).mean()
-    optimizer.zero_grad()
+    net.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.detach()
 
 
@@ -794,10 +887,10 @@ def train(args, checkpoint=None):
     torch.manual_seed(args.seed)
     net = build(args, network)
     ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
+    muon, adam = optimizers = make_optimizers(net)
     generator = torch.Generator(args.device).manual_seed(args.seed)
 
-    parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    parts = {"net": net, "ema": ema, "muon": muon, "adam": adam}
     data = f"{len(images)} images {fingerprint(images)}"
     facts = {"network": network, "shape": shape, "data": data}
     run = Run(args, images, parts, facts, generator)
@@ -809,9 +902,8 @@ def train(args, checkpoint=None):
 
     for epoch in run.epochs():
         for batch in run.batches(images):
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * warmup_cosine(run.step, run.total)
-            loss = training_step(net, optimizer, batch, args.focus, generator)
+            set_rate(optimizers, args.lr * warmup_cosine(run.step, run.total))
+            loss = training_step(net, optimizers, batch, args.focus, generator)
             update_ema(ema, net, run.step, args.ema)
             run.record({"train loss": loss})
         run.end_epoch({"test loss": test_loss(ema, test[:1000])})
@@ -1020,7 +1112,7 @@ def shared_parser(lr):
     add("--subset", default=0, type=number(int, 0), help="train on that many images, 0 for all")
     add("--epochs", default=50, type=count, help="passes over the training images")
     add("--batch-size", default=128, type=count, help="images a step")
-    add("--lr", default=lr, type=number(float, 0), help="highest learning rate")
+    add("--lr", default=lr, type=number(float, 0), help="highest learning rate, of Muon")
     add("--ema", default=0.05, type=share, help="half-life of averaged weights / steps so far")
     add("--seed", default=0, type=number(int, 0), help="of weights, order of images and noise")
     add("--device", default=str(fastest), type=device, help="cpu, cuda, cuda:1, mps, xpu, ...")
@@ -1042,7 +1134,7 @@ RUN_FLAGS = ["batch_size", "seed", "subset"]  # nor can these when training goes
 
 def make_parser():
     """All flags of this script."""
-    parser = shared_parser(lr=5e-4)
+    parser = shared_parser(lr=0.02)
     add = parser.add_argument_group(NAME).add_argument
     count = number(int, 1)
     median = number(float, 0, above=True)
@@ -1051,7 +1143,7 @@ def make_parser():
     samplers = ["langevin", "consistent", "heun"]
     add("--width", default=128, type=number(int, 2), help="channels at full resolution")
     add("--mults", default=[1, 2, 2], type=widths, metavar="M,M,...", help="widths by resolution")
-    add("--blocks", default=3, type=count, help="residual blocks each way at a resolution")
+    add("--blocks", default=[3], type=widths, metavar="N,N,...", help="residual blocks each way")
     add("--focus", default=0.6, type=median, help="median sigma in units of the images' rms")
     add("--sampler", default="langevin", choices=samplers, help="how --generate, --inpaint draw")
     add(

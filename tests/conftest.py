@@ -105,8 +105,8 @@ class Runner:
 
         def watched_step(net, *rest):
             self.net = net
-            optimizer = next(part for part in rest if isinstance(part, torch.optim.Optimizer))
-            self.rates.append(optimizer.param_groups[0]["lr"])
+            optimizers = next(part for part in rest if isinstance(part, list))
+            self.rates.append(optimizers[0].param_groups[0]["lr"])
             step = self.steps - self.steps_before
             self.at.get(step, nothing)()
             terms = training_step(net, *rest)

@@ -675,7 +675,7 @@ def test_a_training_step_with_chains_is_as_written(monkeypatch):
     buffer = ebm.Buffer(20, (3, 8, 8), gen(1))
     due_chains = buffer.chains.clone()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    terms = ebm.training_step(net, optimizer, rand_bytes(6, 3, 8, 8), settings, buffer, g)
+    terms = ebm.training_step(net, [optimizer], rand_bytes(6, 3, 8, 8), settings, buffer, g)
 
     # The chains go on from those of the buffer, which gets their ends.
     (walked,) = walk.arguments
@@ -786,7 +786,7 @@ def test_score_matching_alone_learns_to_take_noise_off():
     grey = torch.full((16, 1, 8, 8), 128, dtype=torch.uint8)
     optimizer = adam(net, 3e-3)
     for _ in range(150):
-        terms = ebm.training_step(net, optimizer, grey, settings, None, gen(1))
+        terms = ebm.training_step(net, [optimizer], grey, settings, None, gen(1))
     x = ebm.dequantise(grey, gen(2))
     y = x + 0.3 * randn(*x.shape, seed=3)
     error = (ebm.denoise(net, y, settings.d()) - x).square().mean()
@@ -853,16 +853,16 @@ def spoil(monkeypatch, function, net, value):
 
 
 def small_step(with_buffer=True):
-    """(net, optimizer, images, settings, buffer, generator), after two good steps.
+    """(net, optimizers, images, settings, buffer, generator), after two good steps.
 
     Convolutions have no singular value near 1, so that projection cannot change them.
     """
     net = network(kind=Spoiled)
-    optimizer = adam(net)
     for layer in layers(net, nn.Conv2d):
         layer.weight.data *= 0.5
     buffer = ebm.Buffer(9, (3, 8, 8), gen()) if with_buffer else None
-    parts = net, optimizer, rand_bytes(4, 3, 8, 8), ebm.Settings(steps=2), buffer, gen(1)
+    optimizers = ebm.make_optimizers(net, 3e-3)
+    parts = net, optimizers, rand_bytes(4, 3, 8, 8), ebm.Settings(steps=2), buffer, gen(1)
     for _ in range(2):
         assert ebm.training_step(*parts)["skipped"] == 0
     return parts

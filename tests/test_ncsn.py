@@ -129,7 +129,7 @@ class GaussianNet:
 def network(mults=(1, 2), fresh=False, **options):
     """A ScoreNet; unless fresh, layers that start at zero are random."""
     torch.manual_seed(0)
-    net = ncsn.ScoreNet(width=8, mults=mults, blocks=1, **options)
+    net = ncsn.ScoreNet(width=8, mults=mults, blocks=(1,), **options)
     for p in net.parameters():
         if not fresh and not p.any():
             nn.init.normal_(p, std=0.2)
@@ -801,7 +801,7 @@ def test_training_step_shows_each_image_with_noise_of_its_own_size():
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
     images = torch.full((1000, 1, 4, 4), 192, dtype=torch.uint8)
     for focus in 0.6, 3.0:
-        loss = ncsn.training_step(net, optimizer, images, focus, gen())
+        loss = ncsn.training_step(net, [optimizer], images, focus, gen())
         assert net.sigma.shape == (1000,)
         assert net.sigma.median().item() == pytest.approx(focus * 0.5, rel=0.02)
         z = (net.y - 0.5) / net.sigma[:, None, None, None]  # 192 is 0.5
@@ -817,7 +817,7 @@ def test_training_step_lowers_the_loss_of_fixed_images():
     sigma_data, sigma_max = ncsn.measure(images)
     net = network(fresh=True, sigma_data=sigma_data, sigma_max=sigma_max)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    losses = [ncsn.training_step(net, optimizer, images, generator=gen()) for _ in range(12)]
+    losses = [ncsn.training_step(net, [optimizer], images, generator=gen()) for _ in range(12)]
     for loss in losses:
         assert loss.shape == ()
         assert loss.grad_fn is None
@@ -833,7 +833,7 @@ def norm_of_gradients_of_two_steps(sigma_data):
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
     norms = []
     for _ in range(2):
-        ncsn.training_step(net, optimizer, random_bytes(16, 3, 4, 4), generator=gen())
+        ncsn.training_step(net, [optimizer], random_bytes(16, 3, 4, 4), generator=gen())
         norms.append(nn.utils.get_total_norm([p.grad for p in net.parameters()]).item())
     return norms
 
@@ -994,7 +994,7 @@ def test_bf16_stays_inside_f():
 def test_size_of_the_network():
     with torch.device("meta"):
         large = ncsn.ScoreNet()
-        small = ncsn.ScoreNet(width=32, mults=(1, 2, 3), blocks=1)
+        small = ncsn.ScoreNet(width=32, mults=(1, 2, 3), blocks=(1,))
     assert 27e6 < sum(p.numel() for p in large.parameters()) < 35e6
     assert sum(p.numel() for p in small.parameters()) <= 1.26e6
 
@@ -1008,12 +1008,12 @@ def test_network_has_as_many_resolutions_as_mults(mults):
 @pytest.mark.parametrize("width", [2, 4, 20, 100, 200, 256])
 def test_any_width_has_equal_heads_and_large_groups(width):
     with torch.device("meta"):
-        net = ncsn.ScoreNet(width=width, mults=(1, 1), blocks=1)
+        net = ncsn.ScoreNet(width=width, mults=(1, 1), blocks=(1,))
         x = torch.zeros(2, 3, 4, 4)
         assert net.F(x, torch.ones(2)).shape == x.shape
     for part in net.modules():
-        if isinstance(part, nn.MultiheadAttention):
-            assert part.num_heads <= max(1, width // 64)
+        if isinstance(part, ncsn.Attention):
+            assert part.heads <= max(1, width // 64)
         if isinstance(part, nn.GroupNorm):
             assert part.num_channels // part.num_groups >= min(width, 16)
 
@@ -1021,10 +1021,37 @@ def test_any_width_has_equal_heads_and_large_groups(width):
 def test_attention_is_at_the_depths_asked_for_and_in_the_middle():
     for depths, expected in ((), 1), ((1,), 3), ((0, 1), 5):  # on the way down and up
         net = frozen((1, 2), attention=depths)
-        found = [part for part in net.modules() if isinstance(part, nn.MultiheadAttention)]
+        found = [part for part in net.modules() if isinstance(part, ncsn.Attention)]
         assert len(found) == expected
         x = randn(2, 3, 8, 8)
         assert net(x, 1.0).shape == x.shape
+
+
+@pytest.mark.parametrize("channels, heads", [(16, 1), (128, 2)])
+def test_attention_is_that_of_torch(channels, heads):
+    torch.manual_seed(0)
+    attention = ncsn.Attention(channels).requires_grad_(False)
+    reference = nn.MultiheadAttention(channels, heads, batch_first=True).requires_grad_(False)
+    parts = attention.query, attention.key, attention.value
+    for layer in *parts, attention.out:
+        layer.weight.normal_(std=0.1)
+        layer.bias.normal_()
+    reference.in_proj_weight.copy_(torch.cat([layer.weight for layer in parts]))
+    reference.in_proj_bias.copy_(torch.cat([layer.bias for layer in parts]))
+    reference.out_proj.load_state_dict(attention.out.state_dict())
+    x = randn(2, channels, 3, 4)
+    h = attention.norm(x).flatten(2).mT
+    expected = (x + reference(h, h, h)[0].mT.unflatten(2, (3, 4))) / math.sqrt(2)
+    assert torch.allclose(attention(x), expected, atol=1e-4)
+
+
+def test_blocks_are_as_many_at_each_resolution_as_asked_for():
+    """The last number is that of all resolutions below, too."""
+    for blocks, expected in ((2,), [2, 2, 2]), ((1, 3), [1, 3, 3]), ((3, 1, 2), [3, 1, 2]):
+        net = ncsn.ScoreNet(width=4, mults=(1, 1, 1), blocks=blocks)
+        assert [len(stage) for stage in net.down] == expected
+        assert [len(stage) for stage in net.up] == expected[::-1]
+        assert net(randn(1, 3, 8, 8), 1.0).shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 64)])
@@ -1034,7 +1061,7 @@ def test_network_trains_and_samples_images_of_another_size(shape):
     net = network((1, 2, 2), True, sigma_data=sigma_data, sigma_max=sigma_max, channels=shape[0])
     before = copy.deepcopy(net)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    loss = ncsn.training_step(net, optimizer, images, generator=gen())
+    loss = ncsn.training_step(net, [optimizer], images, generator=gen())
     assert loss.item() == pytest.approx(1, abs=0.3)
     pairs = zip(net.parameters(), before.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
@@ -1058,7 +1085,7 @@ def test_size_that_cannot_be_halved_is_one_clear_error(size):
     with pytest.raises(ValueError, match=message):
         net.score(images / 255, 1.0)
     with pytest.raises(ValueError, match=message):
-        ncsn.training_step(net, optimizer, images)
+        ncsn.training_step(net, [optimizer], images)
     with pytest.raises(ValueError, match=message):
         ncsn.heun(net.score, images / 255, [1.0, 0.1])
 

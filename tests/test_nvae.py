@@ -798,8 +798,9 @@ def test_temperature_cannot_reach_the_kl():
         assert "temperature" not in inspect.signature(function).parameters
 
 
-def test_every_layer_matters():
-    net = network(flows=1).train()
+@pytest.mark.parametrize("expand", [0, 2])
+def test_every_layer_matters(expand):
+    net = network(flows=1, expand=expand).train()
     assert isinstance(net.start, nn.Parameter)
     for layer in net.modules():
         if isinstance(layer, nn.Linear):
@@ -813,9 +814,10 @@ def test_every_layer_matters():
 GROUPS = [(2,), (1, 1), (1, 2, 1), (1, 1, 1, 1), (0, 2), (2, 0), (1, 0, 0, 1)]
 
 
+@pytest.mark.parametrize("expand", [0, 1])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_shapes_of_groups_and_images(groups):
-    net = network(groups=groups, cells=2, outer=2)
+def test_shapes_of_groups_and_images(groups, expand):
+    net = network(groups=groups, cells=2, outer=2, expand=expand)
     x = nvae.scaled(images(2))
     features = net.encode(x)
     eps = net.noise(2, gen())
@@ -842,6 +844,30 @@ def test_noise_is_normal_and_fixed_by_its_generator():
         assert part.std().item() == pytest.approx(1, abs=0.02)
     assert all(torch.equal(a, b) for a, b in zip(eps, net.noise(2000, gen()), strict=True))
     assert not torch.equal(eps[0], eps[1])
+
+
+@pytest.mark.parametrize("expand", [0, 1, 2, 3, 6])
+def test_depthwise_convolutions_have_expand_times_the_channels(expand):
+    """Half of that at full resolution, but not less than as many; without any, cells are dense."""
+    net = network(groups=(2,), outer=2, expand=expand)
+
+    def depthwise(part):
+        convolutions = [layer for layer in part.modules() if isinstance(layer, nn.Conv2d)]
+        return [len(layer.weight) for layer in convolutions if layer.groups > 1]
+
+    assert depthwise(net.encoder) == depthwise(net.stem) == []
+    outer = {0: 0, 1: 1, 2: 1, 3: 1, 6: 3}[expand]
+    half, full = 8, 4  # channels
+    due = [expand * half], [outer * half, outer * full]  # the first at full size begins at half
+    if expand == 0:
+        due = [], []
+    assert (depthwise(net.groups), depthwise(net.out)) == due
+    for cells in net.groups[1].cells, net.out:
+        cell = cells[0]
+        assert isinstance(cell, nvae.Cell)
+        assert sum(isinstance(layer, nn.Conv2d) for layer in cell.body.modules()) == 3 - (
+            not expand
+        )
 
 
 @pytest.mark.parametrize("mults", [(1, 2, 3), (2, 1, 3), (2, 3)])
@@ -943,7 +969,7 @@ def test_networks_of_other_images_train_and_sample(channels, size, groups):
     spectral = nvae.Spectral(net)
     optimizer = torch.optim.Adamax(net.parameters(), 1e-2)
     before = [parameter.clone() for parameter in net.parameters()]
-    terms = nvae.training_step(net, spectral, optimizer, x, generator=gen())
+    terms = nvae.training_step(net, spectral, [optimizer], x, generator=gen())
     assert all(value.isfinite() for value in terms.values())
     assert 1 < terms["train loss"] < 30
     assert any((a != b).any() for a, b in zip(before, net.parameters(), strict=True))
@@ -1179,7 +1205,7 @@ def test_a_training_step_descends_the_loss_and_reports_its_terms(beta):
     optimizer = torch.optim.SGD(net.parameters(), 1e-5)
     for parameter in net.parameters():  # left by a step before
         parameter.grad = torch.full_like(parameter, 1e6)
-    terms = nvae.training_step(net, spectral, optimizer, x, beta, 50.0, gen())
+    terms = nvae.training_step(net, spectral, [optimizer], x, beta, 50.0, gen())
     reconstruction, kl = nvae.elbo(net_before, nvae.scaled(x), gen())
     regulariser = 50.0 * spectral_before()
     balanced = nvae.kl_loss(kl.sum(2), beta, net.alpha)
@@ -1200,15 +1226,16 @@ def test_a_training_step_descends_the_loss_and_reports_its_terms(beta):
         assert nats == pytest.approx(due[name].item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("expand", [0, 2])
 @pytest.mark.parametrize("size", [16, 64])
-def test_a_step_lowers_the_loss(size):
-    net = network(fresh=True).train()
+def test_a_step_lowers_the_loss(size, expand):
+    net = network(fresh=True, expand=expand).train()
     x = (images(8) // 4 + 90).repeat(size // 8, 1, 1, 1)
     spectral = nvae.Spectral(net)
-    optimizer = torch.optim.Adamax(net.parameters(), 1e-2)
+    optimizers = nvae.make_optimizers(net)
     losses = []
     for _ in range(6):
-        terms = nvae.training_step(net, spectral, optimizer, x, generator=gen())
+        terms = nvae.training_step(net, spectral, optimizers, x, generator=gen())
         losses.append(terms["train loss"].item())
     assert losses[-1] < losses[0] - 0.2
     assert all(math.isfinite(loss) for loss in losses)

@@ -97,7 +97,8 @@ def definitions(name):
 def test_the_scripts_keep_their_books_alike():
     sources = [definitions(name) for name in SCRIPTS]
     books = (
-        "die warmup_cosine update_ema write_whole load_checkpoint load_states plot write_log Run"
+        "orthogonal Muon die warmup_cosine update_ema write_whole load_checkpoint load_states plot "
+        "write_log Run"
     )
     command_line = "Parser HelpFormatter number numbers device shared_parser parse main"
     for name in [*books.split(), *command_line.split(), "bf16_is_native"]:

@@ -26,7 +26,7 @@ OTHER_SIZE = {
 }
 SAMPLERS = {  # the first is the default
     "ncsn": ["--sampler langevin", "--sampler consistent", "--sampler heun"],
-    "nvae": ["--temperature 0.7", "--temperature 1.0", "--pixels 0.2"],
+    "nvae": ["--temperature 1.0", "--temperature 0.7", "--pixels 0.2"],
     "ebm": ["--chain 3", "--chain 4", "--noise 0.1", "--step-size 100"],
 }
 MEASURES = {  # flags, and the lines that they print how often
@@ -103,7 +103,7 @@ OWN_ERRORS = {
         "--mixtures 0": "--mixtures",
         "--cells 0": "--cells",
         "--outer 0": "--outer",
-        "--expand 0": "--expand",
+        "--expand -1": "--expand",
         "--flows -1": "--flows",
         "--kl-warmup -1": "--kl-warmup",
         "--spectral -1": "--spectral",
