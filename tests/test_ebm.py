@@ -636,7 +636,7 @@ def test_images_of_any_channels_and_size_train_and_can_be_drawn(shape, with_buff
     settings = ebm.Settings(steps=2)
     buffer = ebm.Buffer(6, shape) if with_buffer else None
     for _ in range(2):
-        terms = ebm.training_step(net, adam(net), images, settings, buffer)
+        terms = ebm.training_step(net, [adam(net)], images, settings, buffer)
         assert terms["skipped"] == 0
         assert all(value.shape == () and value.isfinite() for value in terms.values())
         assert not any(value.requires_grad for value in terms.values())
@@ -655,7 +655,7 @@ def test_a_size_that_cannot_be_halved_often_enough_is_a_clear_error(shape, said)
     with pytest.raises(ValueError, match=f"{said} pixels cannot be halved 2 times"):
         net(rand(2, 3, *shape))
     with pytest.raises(ValueError, match=said):
-        ebm.training_step(net, adam(net), rand_bytes(2, 3, *shape), ebm.Settings())
+        ebm.training_step(net, [adam(net)], rand_bytes(2, 3, *shape), ebm.Settings())
     assert same(before, state(net))
     assert network(mults=(1, 2))(rand(2, 3, *shape)).shape == (2,)
 
@@ -722,7 +722,7 @@ def test_data_get_noise_as_chains_have_and_score_matching_has_them_clean(monkeyp
     net = network(channels=1)
     buffer = ebm.Buffer(600, (1, 4, 4), gen())
     grey = torch.full((600, 1, 4, 4), 128, dtype=torch.uint8)
-    ebm.training_step(net, adam(net), grey, settings, buffer, gen(1))
+    ebm.training_step(net, [adam(net)], grey, settings, buffer, gen(1))
     data = divergence.arguments[0]["data"]
     assert data.mean().item() == pytest.approx(128.5 / 256, abs=0.005)
     assert data.std().item() == pytest.approx(0.1, rel=0.03)
@@ -738,7 +738,7 @@ def test_data_get_noise_as_chains_have_and_score_matching_has_them_clean(monkeyp
     assert place.min() >= 0
     assert place.max() <= 1
 
-    terms = ebm.training_step(net, adam(net), torch.zeros_like(grey), settings, buffer, gen(1))
+    terms = ebm.training_step(net, [adam(net)], torch.zeros_like(grey), settings, buffer, gen(1))
     black = divergence.arguments[1]["data"]
     assert black.min() == 0  # in the box, as chains are
     assert terms["data saturated"].item() == pytest.approx(0.49, abs=0.03)
@@ -750,7 +750,7 @@ def test_a_share_of_the_chains_starts_anew_in_a_training_step(monkeypatch):
     buffer = ebm.Buffer(600, (1, 4, 4), gen())
     buffer.chains.fill_(7)
     settings = ebm.Settings(steps=1, fresh=0.3)
-    ebm.training_step(net, adam(net), rand_bytes(600, 1, 4, 4), settings, buffer, gen(1))
+    ebm.training_step(net, [adam(net)], rand_bytes(600, 1, 4, 4), settings, buffer, gen(1))
     anew = (ebm.quantise(walk.arguments[0]["x"]) != 7).flatten(1).any(1)
     assert anew.float().mean().item() == pytest.approx(0.3, abs=0.08)
 
@@ -762,7 +762,7 @@ def test_without_a_buffer_there_are_no_chains(monkeypatch):
     net = network()
     before = weights(net)
     images = rand_bytes(4, 3, 8, 8)
-    terms = ebm.training_step(net, adam(net), images, ebm.Settings(), None, gen(1))
+    terms = ebm.training_step(net, [adam(net)], images, ebm.Settings(), None, gen(1))
     assert walk.arguments == divergence.arguments == []
     assert len(matching.arguments) == 1
     assert set(terms) == {"score", "data saturated", "train loss", "skipped"}
@@ -775,7 +775,7 @@ def test_without_a_buffer_there_are_no_chains(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(ebm, "energy_and_gradient", step)
-    ebm.training_step(net, adam(net), images, ebm.Settings(), None, gen(1))
+    ebm.training_step(net, [adam(net)], images, ebm.Settings(), None, gen(1))
 
 
 def test_score_matching_alone_learns_to_take_noise_off():
@@ -861,7 +861,7 @@ def small_step(with_buffer=True):
     for layer in layers(net, nn.Conv2d):
         layer.weight.data *= 0.5
     buffer = ebm.Buffer(9, (3, 8, 8), gen()) if with_buffer else None
-    optimizers = ebm.make_optimizers(net, 3e-3)
+    optimizers = ebm.make_optimizers(net)
     parts = net, optimizers, rand_bytes(4, 3, 8, 8), ebm.Settings(steps=2), buffer, gen(1)
     for _ in range(2):
         assert ebm.training_step(*parts)["skipped"] == 0
@@ -1031,7 +1031,7 @@ def test_a_healthy_step_is_no_trouble(tmp_path, with_buffer):
         nn.init.zeros_(layer.weight)  # a flat energy, as at first
     buffer = ebm.Buffer(9, (3, 8, 8), gen()) if with_buffer else None
     images = rand_bytes(4, 3, 8, 8)
-    terms = ebm.training_step(net, adam(net), images, ebm.Settings(steps=2), buffer, gen(1))
+    terms = ebm.training_step(net, [adam(net)], images, ebm.Settings(steps=2), buffer, gen(1))
     assert trouble_after(tmp_path, [terms], net) == ""
 
 
