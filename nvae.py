@@ -668,22 +668,25 @@ def sample(net, count, temperature=1.0, pixels=0.7, generator=None):
 def orthogonal(matrix, iterations=5):
     """U V^T, nearly, of a matrix U S V^T (rows, columns): singular values near 1 in place of S.
 
-    The Newton-Schulz iteration X <- P X with P = a I + b X X^T + c (X X^T)^2 keeps U and V, and
-    turns each singular value s into a s + b s^3 + c s^5. With the numbers of K. Jordan et al.
+    The Newton-Schulz iteration is X <- P X with P = a I + b X X^T + c (X X^T)^2. It keeps U and V,
+    and turns each singular value s into a s + b s^3 + c s^5. With the a, b, c of K. Jordan et al.
     (2024, kellerjordan.github.io/posts/muon) small ones become 3.4 times as large each time, and
-    after five times all from 0.01 to 1 lie between 0.68 and 1.14. Division by the norm, the root of
-    the sum of their squares, first brings all below 1. As the next X X^T is P X X^T P, the loop can
-    do with these squares, which are small, and X itself is multiplied once.
+    after five times all from 0.01 to 1 lie between 0.68 and 1.14; smaller ones lag behind. None
+    may be much above 1. So X is first divided by its norm, which is the root of the sum of the
+    squares of all its singular values, and so not less than any.
+    P is symmetric, so the next X X^T is P X X^T P. The loop needs no more than this matrix and the
+    product of all P so far, both (rows, rows): for a wide X, as of a convolution, that is less.
     """
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix / (matrix.norm() + 1e-7)
     rows, columns = x.shape
     if rows > columns:
-        x = x.mT  # so that X X^T is the smaller square
-    square = x @ x.mT
+        x = x.mT  # so that it is wide
+    x_xt = x @ x.mT
     identity = product = torch.eye(len(x), device=x.device)
     for _ in range(iterations):
-        p = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
-        square = p @ square @ p
+        p = a * identity + b * x_xt + c * x_xt @ x_xt
+        x_xt = p @ x_xt @ p
         product = p @ product
     x = product @ x
     return x.mT if rows > columns else x
@@ -693,13 +696,15 @@ class Muon(torch.optim.Optimizer):
     """Gradient descent with momentum made orthogonal, for weight matrices inside a network.
 
     A gradient U S V^T is mostly made of the few directions with large singular values, in which the
-    loss is steep. Descent goes far along these and hardly moves along the others, which may matter
-    as much, and Adam, which looks at each weight alone, does not mend that. U V^T moves as far
-    along every direction: for an input of length 1, the output of the layer changes by `lr`. (More,
-    if there are more rows than columns: then the rows are made to change as much.)
+    loss is steep. Descent goes far along these and hardly moves along the others, though they may
+    matter as much in the end, and Adam, which looks at each number alone, does not mend that.
+    U V^T goes equally far along all of them. Its size is known, whatever the gradient's: for an
+    input of length 1, a step changes the output of the layer by about `lr` at most.
     A convolution counts as the matrix (C_out, rest) that maps a patch of its input to a pixel.
-    Vectors, and layers at the ends of the network, are better left to Adam.
-    A weight whose gradient is 0 stays where it is, in spite of momentum.
+    Vectors are left to Adam, and so are layers at the ends of a network, where a row or column
+    stands for something by itself (a colour, a logit) and sizes differ for good reason.
+    A weight stays where it is, in spite of momentum, while its whole gradient is 0: so a step can
+    be skipped (ebm.py) without asking the device.
     """
 
     def __init__(self, weights, lr=0.02, momentum=0.95):
@@ -713,8 +718,11 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["average"] = torch.zeros_like(weight)
                 average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov's momentum
-                change = orthogonal(ahead.flatten(1)) * weight.grad.any()
+                # Nesterov's momentum: the average as it will be if the next gradient is like this.
+                ahead = weight.grad.lerp(average, group["momentum"])
+                change = orthogonal(ahead.flatten(1)) * weight.grad.any()  # times 1 or 0
+                # If there are more rows than columns, rows of U V^T have a length of only
+                # sqrt(columns / rows), in root mean square. This makes it 1, as else.
                 rows, columns = change.shape
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
                 weight.sub_(change.view_as(weight), alpha=rate)
