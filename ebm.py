@@ -313,13 +313,16 @@ def orthogonal(matrix, iterations=5):
     P is symmetric, so the next X X^T is P X X^T P. The loop needs no more than this matrix and the
     product of all P so far, both (rows, rows): for a wide X, as of a convolution, that is less.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a = 3.4445
+    b = -4.7750
+    c = 2.0315
     x = matrix / (matrix.norm() + 1e-7)
     rows, columns = x.shape
     if rows > columns:
         x = x.mT  # so that it is wide
     x_xt = x @ x.mT
-    identity = product = torch.eye(len(x), device=x.device)
+    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    product = identity
     for _ in range(iterations):
         p = a * identity + b * x_xt + c * x_xt @ x_xt
         x_xt = p @ x_xt @ p
@@ -334,11 +337,13 @@ class Muon(torch.optim.Optimizer):
     A gradient U S V^T is mostly made of the few directions with large singular values, in which the
     loss is steep. Descent goes far along these and hardly moves along the others, though they may
     matter as much in the end, and Adam, which looks at each number alone, does not mend that.
-    U V^T goes equally far along all of them. Its size is known, whatever the gradient's: for an
-    input of length 1, a step changes the output of the layer by about `lr` at most.
+    U V^T goes equally far along all of them. Its size is known, whatever the gradient's: a step
+    changes what a layer makes of an input of length 1 by about `lr` at most (if it has more outputs
+    than inputs by more: see below).
     A convolution counts as the matrix (C_out, rest) that maps a patch of its input to a pixel.
-    Vectors are left to Adam, and so are layers at the ends of a network, where a row or column
-    stands for something by itself (a colour, a logit) and sizes differ for good reason.
+    Vectors are left to Adam (in nvae.py Adamax), and so are layers at the ends of a network, where
+    a row or column stands for something by itself (a colour, a logit) and sizes differ for good
+    reason.
     A weight stays where it is, in spite of momentum, while its whole gradient is 0: so a step can
     be skipped (ebm.py) without asking the device.
     """
@@ -350,6 +355,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
+                if weight.grad is None:  # frozen, or not used
+                    continue
                 state = self.state[weight]
                 if not state:
                     state["average"] = torch.zeros_like(weight)
@@ -358,7 +365,7 @@ class Muon(torch.optim.Optimizer):
                 ahead = weight.grad.lerp(average, group["momentum"])
                 change = orthogonal(ahead.flatten(1)) * weight.grad.any()  # times 1 or 0
                 # If there are more rows than columns, rows of U V^T have a length of only
-                # sqrt(columns / rows), in root mean square. This makes it 1, as else.
+                # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
                 rows, columns = change.shape
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
                 weight.sub_(change.view_as(weight), alpha=rate)
@@ -429,10 +436,9 @@ def cancel_bad_step(net, gap, norm, recent_gaps):
 def training_step(net, optimizers, images, settings, buffer=None, generator=None):
     """One step on uint8 images (B, C, H, W): score matching, and with a buffer also chains.
 
-    Returns what is logged, {name: tensor ()}, all 0 but "skipped" if
-    the step was bad: the terms of the loss; E of data, and of chains before and after their steps;
-    their mean gradient and the share clamped; the share of pixels at 0 or 1, of chains (saturated)
-    and of data.
+    Returns what is logged, {name: tensor ()}, all 0 but "skipped" if the step was bad: the terms of
+    the loss; E of data, and of chains before and after their steps; their mean gradient and the
+    share clamped; the share of pixels at 0 or 1, of chains (saturated) and of data.
     """
     x = dequantise(images, generator)
     data = add_noise(x, settings.smooth, generator).clamp(0, 1)  # clamped, as chains are
@@ -800,11 +806,11 @@ def train(args, checkpoint=None):
     torch.manual_seed(args.seed)
     net = build(args, network)
     ema = copy.deepcopy(net).requires_grad_(False)
-    muon, adam = optimizers = make_optimizers(net)
+    optimizers = make_optimizers(net)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     buffer = Buffer(max(args.buffer, args.batch_size), shape, generator, args.device)
 
-    parts = {"net": net, "ema": ema, "muon": muon, "adam": adam, "buffer": buffer}
+    parts = {"net": net, "ema": ema, "muon": optimizers[0], "adam": optimizers[1], "buffer": buffer}
     data = f"{len(images)} images {fingerprint(images)}"
     facts = {"network": network, "shape": shape, "data": data}
     facts.update(d=settings.d(), smooth=settings.smooth, failures=0)
@@ -979,7 +985,8 @@ def evaluate(args, net, facts):
         area = auroc(inside["test"], energies(images))
         print(f"AUROC {area:.3f}  of test images against {name}")
     every = torch.cat(list(inside.values()))
-    low, high = every.min().item(), every.max().item()
+    low = every.min().item()
+    high = every.max().item()
     middles = torch.linspace(low, high, 101)[1::2].tolist()  # of fifty bins
     lines = {}
     for name, e in inside.items():

@@ -133,9 +133,10 @@ class ScoreNet(nn.Module):
     """The denoiser D(y, sigma), and the score that follows from it.
 
     F is a U-Net with width * mults channels at full, half, quarter ... resolution, and at each of
-    them `blocks` blocks on the way down and on the way up. At the depths in `attention` (0 is full
-    resolution, 1 half), and in the middle, all pixels see each other, at a cost that grows with the
-    square of their number: (1, 2) is for 32x32 pixels; 64x64 want (2, 3) and one more of mults.
+    them `blocks` blocks on the way down and on the way up; the last number of blocks holds for all
+    resolutions below, too. At the depths in `attention` (0 is full resolution, 1 half), and in the
+    middle, all pixels see each other, at a cost that grows with the square of their number: (1, 2)
+    is for 32x32 pixels; 64x64 want (2, 3) and one more of mults.
     measure() finds sigma_data, the root mean square of the images, and sigma_max, the largest noise
     of use. amp computes F in bf16.
     """
@@ -167,33 +168,41 @@ class ScoreNet(nn.Module):
         )
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
 
-        self.down = nn.ModuleList()  # for each depth, from fine to coarse, a list of blocks
-        before = widths[0]  # channels that come out of the layer before
-        for depth, after in enumerate(widths):
-            stage = nn.ModuleList()
-            for _ in range(counts[depth]):
-                stage.append(Block(before, after, size, depth in attention))
-                before = after
-            self.down.append(stage)
-
-        self.middle = Block(before, before, size, attention=True)
-
-        # From coarse to fine. Each block also sees what its mirror image on the way down put out.
-        self.up = nn.ModuleList()
-        for depth in reversed(range(len(widths))):
-            after = widths[depth]
-            stage = nn.ModuleList()
-            for i in range(counts[depth]):
-                is_last = i == counts[depth] - 1  # only these have attention, to save time
-                stage.append(Block(before + after, after, size, is_last and depth in attention))
-                before = after
-            self.up.append(stage)
-
+        self.make_down(widths, counts, size, attention)
+        self.middle = Block(widths[-1], widths[-1], size, attention=True)
+        self.make_up(widths, counts, size, attention)
         self.out = nn.Sequential(
             norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1)
         )
         nn.init.zeros_(self.out[-1].weight)  # so F starts as 0, and the loss as 1 at every sigma
         nn.init.zeros_(self.out[-1].bias)
+
+    def make_down(self, widths, counts, embedding_size, attention):
+        """For each depth, from fine to coarse, a list of blocks."""
+        self.down = nn.ModuleList()
+        before = widths[0]  # channels that come out of the layer before
+        for depth, after in enumerate(widths):
+            stage = nn.ModuleList()
+            for _ in range(counts[depth]):
+                stage.append(Block(before, after, embedding_size, depth in attention))
+                before = after
+            self.down.append(stage)
+
+    def make_up(self, widths, counts, embedding_size, attention):
+        """The same from coarse to fine; each block also sees what its mirror image put out.
+
+        Only the last block of a list has attention, to save time.
+        """
+        self.up = nn.ModuleList()
+        before = widths[-1]
+        for depth in reversed(range(len(widths))):
+            after = widths[depth]
+            stage = nn.ModuleList()
+            for i in range(counts[depth]):
+                attends = depth in attention and i == counts[depth] - 1
+                stage.append(Block(before + after, after, embedding_size, attends))
+                before = after
+            self.up.append(stage)
 
     def F(self, x, ln_sigma):
         """The U-Net: x (B, C, H, W), ln_sigma (B,) -> like x."""
@@ -496,13 +505,16 @@ def orthogonal(matrix, iterations=5):
     P is symmetric, so the next X X^T is P X X^T P. The loop needs no more than this matrix and the
     product of all P so far, both (rows, rows): for a wide X, as of a convolution, that is less.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a = 3.4445
+    b = -4.7750
+    c = 2.0315
     x = matrix / (matrix.norm() + 1e-7)
     rows, columns = x.shape
     if rows > columns:
         x = x.mT  # so that it is wide
     x_xt = x @ x.mT
-    identity = product = torch.eye(len(x), device=x.device)
+    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    product = identity
     for _ in range(iterations):
         p = a * identity + b * x_xt + c * x_xt @ x_xt
         x_xt = p @ x_xt @ p
@@ -517,11 +529,13 @@ class Muon(torch.optim.Optimizer):
     A gradient U S V^T is mostly made of the few directions with large singular values, in which the
     loss is steep. Descent goes far along these and hardly moves along the others, though they may
     matter as much in the end, and Adam, which looks at each number alone, does not mend that.
-    U V^T goes equally far along all of them. Its size is known, whatever the gradient's: for an
-    input of length 1, a step changes the output of the layer by about `lr` at most.
+    U V^T goes equally far along all of them. Its size is known, whatever the gradient's: a step
+    changes what a layer makes of an input of length 1 by about `lr` at most (if it has more outputs
+    than inputs by more: see below).
     A convolution counts as the matrix (C_out, rest) that maps a patch of its input to a pixel.
-    Vectors are left to Adam, and so are layers at the ends of a network, where a row or column
-    stands for something by itself (a colour, a logit) and sizes differ for good reason.
+    Vectors are left to Adam (in nvae.py Adamax), and so are layers at the ends of a network, where
+    a row or column stands for something by itself (a colour, a logit) and sizes differ for good
+    reason.
     A weight stays where it is, in spite of momentum, while its whole gradient is 0: so a step can
     be skipped (ebm.py) without asking the device.
     """
@@ -533,6 +547,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
+                if weight.grad is None:  # frozen, or not used
+                    continue
                 state = self.state[weight]
                 if not state:
                     state["average"] = torch.zeros_like(weight)
@@ -541,7 +557,7 @@ class Muon(torch.optim.Optimizer):
                 ahead = weight.grad.lerp(average, group["momentum"])
                 change = orthogonal(ahead.flatten(1)) * weight.grad.any()  # times 1 or 0
                 # If there are more rows than columns, rows of U V^T have a length of only
-                # sqrt(columns / rows), in root mean square. This makes it 1, as else.
+                # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
                 rows, columns = change.shape
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
                 weight.sub_(change.view_as(weight), alpha=rate)
@@ -898,10 +914,10 @@ def train(args, checkpoint=None):
     torch.manual_seed(args.seed)
     net = build(args, network)
     ema = copy.deepcopy(net).requires_grad_(False)
-    muon, adam = optimizers = make_optimizers(net)
+    optimizers = make_optimizers(net)
     generator = torch.Generator(args.device).manual_seed(args.seed)
 
-    parts = {"net": net, "ema": ema, "muon": muon, "adam": adam}
+    parts = {"net": net, "ema": ema, "muon": optimizers[0], "adam": optimizers[1]}
     data = f"{len(images)} images {fingerprint(images)}"
     facts = {"network": network, "shape": shape, "data": data}
     run = Run(args, images, parts, facts, generator)

@@ -107,6 +107,21 @@ def test_a_gradient_of_0_moves_nothing(module):
     assert weight.eq(before).all()
 
 
+def test_a_weight_without_gradient_is_passed_over(module):
+    frozen, moving = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    moving.grad = torch.rand(3, 4)
+    module.Muon([frozen, moving]).step()
+    assert frozen.eq(1).all()
+    assert not moving.eq(1).any()
+
+
+def test_fp64_stays_fp64_and_is_more_precise(module):
+    matrix = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    x = module.orthogonal(matrix)
+    assert x.dtype == torch.double
+    assert torch.allclose(x, brute_force(matrix), rtol=0, atol=2e-6)
+
+
 def test_a_saved_optimizer_goes_on_exactly(module):
     g = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(4, 3, 3, 3, generator=g))
