@@ -2,42 +2,40 @@
 
 A network gives each image x one number, its energy E(x). Low energy means likely, by definition:
     p(x) = exp(-E(x) / T) / Z,          Z = integral of exp(-E(x) / T) over all images
-Nobody can compute Z, but to draw images one need not. Langevin dynamics (Du & Mordatch 2019,
-arXiv:1903.08689) walks down the energy with some noise, and small steps keep a balance at p:
-    x <- x - a grad E(x) + s z,         z from N(0, I)                             T = s^2 / (2 a)
+Here a U-Net r(x), the residual, says what is wrong with x, and E(x) = |r(x)|^2 / 2: of an image and
+some noise, half the squared size of the noise. A sample is drawn by going down the slope of E from
+nothing but noise. Langevin dynamics (Du & Mordatch 2019, arXiv:1903.08689) adds noise to its steps,
+of size h, and so walks on and on among likely images, in balance with p if h is small:
+    x <- x - h grad E(x) + sqrt(2 h T) z,         z from N(0, I)
 
-1. Denoising score matching (Vincent 2011) is quick and stable. The model's p is to be the density
-of images with some noise, y = x + sigma z with sigma = smooth. The best guess of x is y + sigma^2
-grad ln p(y), by Tweedie's formula; with ln p = -E / T - ln Z it is y - d grad E(y), where d =
-smooth^2 / T. So
-    score = mean((d grad E(x + sigma z) / sigma - z)^2)
-teaches grad E. Chains come from afar, where E must slope towards images too; so sigma is drawn from
-smooth to 1, with d as it is. That is a compromise: around a single image x it makes E(y) equal |y -
-x|^2 / (2 d), a bowl that curves as 1 / d, and far from many images such a bowl around the guess. By
-default T = 1e-5, d = 90, and a Langevin step, a = 20, goes 22 % of the way to the guess.
+Stages 1, residual, and 2, slope. The slope is to lead from noise z to images x along the path
+    y(s) = c(s) x + s z,        s from 1 down to 0,        c from 0 to 1 (see on_path)
+If grad E(y) = s dy/ds, a step y <- y - h grad E(y) lowers s by h s: downhill is along the path. As
+many paths cross at y, the network learns the mean of s dy/ds given y, by least squares. It is flow
+matching (Lipman et al. 2022, arXiv:2210.02747), without s, which y nearly tells (Wang & Du 2025).
+    match = mean of |grad E(y) / s - dy/ds|^2, with r(y) in place of grad E(y) at first
+For s up to `smooth`, c is 1 and s dy/ds is s z, the noise in y. Its mean given y is -s^2 times the
+score of images with such noise (Tweedie's formula). So with T = smooth^2, p has this score near
+images at s = smooth, and walks at this temperature stay among these.
 
-2. Contrastive divergence. Denoising shows E nothing but images with noise. Chains get elsewhere,
-to smooth blobs for example, and stay where E is low by mistake. As grad ln Z in the weights is the
-mean of -grad E / T over p, that of -T ln p is, over data, grad E(data) - grad E(draws from p) on
-average. So let chains run, push data down and chains up, by
+Stage 3, chains: contrastive divergence. Walks leave the paths, and stay where E is low by mistake.
+In the weights w, -T d/dw ln Z is the mean of dE/dw over p. So -T ln p(data) falls along the mean of
+dE/dw over data minus that over draws from p: let chains walk to get such draws, and by
     gap = mean E(data) - mean E(chains)
-until E cannot tell them apart. A buffer keeps the chains; some go on for K steps each time
-(persistent, Tieleman 2008). In a bowl that curves as 1 / d they have noise of std sqrt(T d), about
-smooth. Data get as much, or E would tell them apart by the noise alone. A penalty, alpha
-mean(E(data)^2 + E(chains)^2), keeps E near 0.
-    loss = 0.1 score in the first --warm-up of the steps, then gap + penalty + 0.1 score
+push data down and chains up until E cannot tell them apart. A buffer keeps the chains; some walk on
+for K steps each time (persistent, Tieleman 2008). Data get noise of std smooth, as chains have it.
 
-    python ebm.py --epochs 50                          trains on CIFAR-10, files in runs/ebm
-    python ebm.py --generate 1000 --chain 200          PNG files, from fresh noise
-    python ebm.py --evaluate --inpaint --denoise       outliers, energies, pictures
+    python ebm.py --epochs 50                        trains on CIFAR-10, files in runs/ebm
+    python ebm.py --generate 1000                    PNG files, from fresh noise
+    python ebm.py --evaluate --inpaint --denoise     outliers, energies, pictures
 The method ends with training_step(); train() is its loop. In your own project, import torch, ebm:
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net, settings = ebm.EnergyNet(8, mults=(1, 2), channels=1), ebm.Settings(steps=5)
-    optimizers = ebm.make_optimizers(net)
-    for x in images.split(16): ebm.training_step(net, optimizers, x, settings)
-    buffer = ebm.Buffer(32, images.shape[1:])
-    for x in images.split(16): ebm.training_step(net, optimizers, x, settings, buffer)
-    samples = ebm.quantise(ebm.draw(net, torch.rand(4, 1, 28, 28), 20, settings, settings.d()))"""
+    optimizers, buffer = ebm.make_optimizers(net), ebm.Buffer(images)
+    for x in images.split(16): ebm.training_step(net, optimizers, x, settings, "residual")
+    for x in images.split(16): ebm.training_step(net, optimizers, x, settings, "slope")
+    for x in images.split(16): ebm.training_step(net, optimizers, x, settings, "chains", buffer)
+    samples = ebm.quantise(ebm.draw(net, torch.randn(4, 1, 28, 28), settings))"""
 
 import argparse
 import copy
@@ -54,7 +52,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d, normalize, silu
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, silu
 
 NAME = "ebm"
 
@@ -62,7 +60,11 @@ NAME = "ebm"
 
 
 class Block(nn.Module):
-    """Residual block, (B, in_channels, H, W) -> (B, out_channels, H, W)."""
+    """Residual block, (B, in_channels, H, W) -> (B, out_channels, H, W).
+
+    There are no normalisation layers, for E is to tell large from small noise, and as E is
+    differentiated twice they would cost much.
+    """
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -71,90 +73,85 @@ class Block(nn.Module):
         self.skip = nn.Identity()
         if in_channels != out_channels:
             self.skip = nn.Conv2d(in_channels, out_channels, 1)
+        nn.init.zeros_(self.conv2.weight)  # at first h adds nothing
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x):
-        return self.skip(x) + self.conv2(silu(self.conv1(silu(x))))
+        h = self.conv2(silu(self.conv1(silu(x))))
+        # Once h has the variance of x, the division keeps that of their sum from doubling.
+        return (self.skip(x) + h) / math.sqrt(2)
 
 
 class EnergyNet(nn.Module):
-    """E: images (B, C, H, W) in [0, 1], with noise or without, -> (B,).
+    """E: images (B, C, H, W) in [-1, 1], with noise or without, -> (B,).
 
-    There are `blocks` blocks with width * mults channels at full, half, ... resolution. From what
-    they put out at each resolution, h, the means over pixels of silu(h) and of h^2 are taken; E is
-    linear in these means. Thanks to the squares it can grow as the square of noise, as the
-    docstring above wants. amp: the blocks compute in bf16.
+    r is a U-Net: at full, half, ... resolution there are `blocks` blocks with width * mults
+    channels on the way down and on the way up. amp: the blocks compute in bf16.
     """
 
-    def __init__(self, width=64, mults=(1, 2, 4, 4), blocks=2, channels=3, amp=False):
+    def __init__(self, width=64, mults=(1, 2, 3, 4), blocks=2, channels=3, amp=False):
         super().__init__()
         self.amp = amp
         widths = [width * mult for mult in mults]
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList()
+        self.down = nn.ModuleList()
         before = widths[0]  # channels that come out of the layer before
         for after in widths:
-            level = nn.Sequential()
+            stage = nn.ModuleList()
             for _ in range(blocks):
-                level.append(Block(before, after))
+                stage.append(Block(before, after))
                 before = after
-            self.levels.append(level)
-        self.head = nn.Linear(2 * sum(widths), 1)
-        nn.init.zeros_(self.head.weight)  # E is flat at first
-        self.convolutions = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)]
-        for layer in self.convolutions:
-            layer.register_buffer("u", torch.randn(len(layer.weight)))
-        self.project(iterations=30)
+            self.down.append(stage)
+        self.middle = Block(before, before)
+        self.up = nn.ModuleList()
+        for after in reversed(widths):
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                stage.append(Block(before + after, after))  # sees what its mirror image put out
+                before = after
+            self.up.append(stage)
+        self.out = nn.Conv2d(widths[0], channels, 3, padding=1)
+        nn.init.zeros_(self.out.weight)  # so r and E start as 0
+        nn.init.zeros_(self.out.bias)
 
-    @torch.no_grad()
-    def project(self, iterations=1):
-        """Keep E from getting steep: divide each W (C_out, rest) by its largest singular value > 1.
-
-        W maps a patch of a layer's input to a pixel. With singular values up to 1 it stretches no
-        difference between two patches. (A layer may still stretch somewhat, as patches overlap and
-        skips add up.) Langevin steps are of one size, and in a steep landscape they would jump over
-        the valleys. A layer whose largest value is below 1 is left alone: to scale it up to 1, as
-        spectral normalisation does, would amplify what it has learned to ignore. The value is
-        u . W v, found by power iteration, v along W^T u, u along W v. Weights change little in a
-        step of training, so one iteration is enough if u is kept.
-        """
-        for layer in self.convolutions:
-            w = layer.weight.flatten(1)
-            for _ in range(iterations):
-                v = normalize(layer.u @ w, dim=0)
-                layer.u.copy_(normalize(w @ v, dim=0))
-            largest = layer.u @ w @ v
-            layer.weight.div_(largest.clamp(min=1))
-
-    def forward(self, x):
-        halvings = len(self.levels) - 1
+    def residual(self, x):
+        """r: what is wrong with x, shaped like x."""
+        halvings = len(self.down) - 1
         if x.shape[2] % 2**halvings or x.shape[3] % 2**halvings:
             raise ValueError(f"{x.shape[2]}x{x.shape[3]} pixels cannot be halved {halvings} times")
-        # [-5, 5] was found to learn faster than [0, 1]. In fp32: bf16 would round x to 0.004.
-        h = self.stem(10 * x - 5)
-        means = []
-        for i, level in enumerate(self.levels):
-            if i > 0:
-                h = avg_pool2d(h, 2)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-                h = level(h)
-            precise = h.to(x.dtype)
-            means.append(silu(precise).mean((2, 3)))
-            means.append(precise.square().mean((2, 3)))
-        return self.head(torch.cat(means, dim=1))[:, 0]
+        h = self.stem(2 * x)  # about of standard deviation 1
+        skips = []
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            for i, stage in enumerate(self.down):
+                if i > 0:
+                    h = avg_pool2d(h, 2)
+                for block in stage:
+                    h = block(h)
+                    skips.append(h)
+            h = self.middle(h)
+            for i, stage in enumerate(self.up):
+                if i > 0:
+                    h = interpolate(h, scale_factor=2.0)
+                for block in stage:
+                    h = block(torch.cat([h, skips.pop()], dim=1))
+        return self.out(silu(h.to(x.dtype)))
+
+    def forward(self, x):
+        return self.residual(x).square().flatten(1).sum(1) / 2
 
 
 # --------------------------------------------------------------------------------------------- loss
 
 
 def dequantise(images, generator=None):
-    """uint8 -> float in [0, 1]: a byte becomes a uniform draw from its bin, 1/256 wide."""
+    """uint8 -> float in [-1, 1]: a byte becomes a uniform draw from its bin, 2/256 wide."""
     noise = torch.rand(images.shape, generator=generator, device=images.device)
-    return (images + noise) / 256
+    return (images + noise) / 128 - 1
 
 
 def quantise(x):
-    """float -> uint8: the bin that x in [0, 1] lies in; values beyond go to 0 or 255."""
-    return (x * 256).clamp(0, 255).to(torch.uint8)
+    """float -> uint8: the bin that x in [-1, 1] lies in; values beyond go to 0 or 255."""
+    return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 
 
 def add_noise(x, std, generator=None):
@@ -162,27 +159,51 @@ def add_noise(x, std, generator=None):
     return x + std * torch.randn(x.shape, generator=generator, device=x.device)
 
 
-def denoising_score_matching(energy, x, sigma, d, generator=None):
-    """mean((d grad E(y) / sigma - z)^2) with y = x + sigma z, a tensor (), for x (B, ...).
+def on_path(x, z, s, smooth):
+    """(y, dy/ds), like x and z (B, ...), at s (B, 1, ...) of the paths from noise z to images x.
 
-    sigma is (B, 1, ...). As y - x = sigma z, the square is that of (guess - x) / sigma with the
-    guess y - d grad E(y): 1 while E is flat, and least where the guess is the mean of all x that y
-    may come from. E does not know sigma, so this mean goes over all sigma too, with the weight
-    1 / sigma^2 (Vincent 2011; one energy for many sigma: Li et al. 2019, arXiv:1910.07762).
+    y = c x + s z with c = 1 - ((s - smooth) / (1 - smooth))^2 where s is above smooth. Below that
+    c is 1: walks at s = smooth are to keep the contrast of images, and not to raise it on and on.
     """
-    z = torch.randn(x.shape, generator=generator, device=x.device)
-    y = (x + sigma * z).requires_grad_()
-    (grad,) = torch.autograd.grad(energy(y).sum(), y, create_graph=True)  # to learn from it
-    return (d * grad / sigma - z).square().mean()
+    fade = (s - smooth).clamp(min=0) / (1 - smooth)
+    return (1 - fade**2) * x + s * z, z - 2 * fade / (1 - smooth) * x
 
 
-def contrastive_divergence(energy, data, chains, alpha=1.0):
-    """(gap, penalty, E(data), E(chains)) of data and chains, each (B, ...); both in one forward."""
-    energies = energy(torch.cat([data, chains.detach()]))
+def sample_s(count, median, least, generator=None, device=None):
+    """A place on its path for each of `count` images in training, (count,), `least` at least.
+
+    logit(s) is logistic with scale 0.8. With the default median, 0.35, half of all s are between
+    0.18 and 0.56, where layout and shapes are decided: less noise hides only texture. The draws are
+    stratified: the range of probability is cut into `count` equal slices, and each image gets one
+    of them, by chance.
+    """
+    slices = torch.randperm(count, generator=generator, device=device)
+    u = (slices + torch.rand(count, generator=generator, device=device)) / count
+    middle = math.log(median / (1 - median))
+    return torch.sigmoid(middle + 0.8 * torch.logit(u)).clamp(least, 1)
+
+
+def matching_error(slope, velocity, s):
+    """mean(|slope / s - velocity|^2) / (1 + s^2), (B,), of (B, C, H, W) twice and s (B, 1, 1, 1).
+
+    Where s is near 1 nothing but the mean of all images can be guessed, and the error stays large;
+    the division lets it count less.
+    """
+    error = (slope / s - velocity).square() / (1 + s**2)
+    return error.flatten(1).mean(1)
+
+
+def contrastive_divergence(energy, data, chains, unit, margin=0.3):
+    """(gap, E(data), E(chains)) of data and chains, (B, ...) each, in the given unit of energy.
+
+    A chain counts while its energy is below the mean of data plus margin. A higher one need not be
+    pushed up: it may be on its way down from noise.
+    """
+    energies = energy(torch.cat([data, chains.detach()])) / unit
     e_data, e_chains = energies.split([len(data), len(chains)])
-    gap = e_data.mean() - e_chains.mean()
-    penalty = alpha * (e_data.square().mean() + e_chains.square().mean())
-    return gap, penalty, e_data, e_chains
+    counts = (e_chains < e_data.mean() + margin).float().detach()
+    gap = (counts * (e_data.mean() - e_chains)).mean()
+    return gap, e_data, e_chains
 
 
 # ----------------------------------------------------------------------------------------- samplers
@@ -198,103 +219,124 @@ def energy_and_gradient(energy, x):
 
 
 @torch.no_grad()
-def denoise(energy, y, d):
-    """y - d grad E(y): the guess of the image in y, shaped like y (Tweedie's formula)."""
-    return y - d * energy_and_gradient(energy, y)[1]
+def denoise(energy, y):
+    """y - grad E(y), like y: where s is up to smooth, the guess of the image in y (Tweedie)."""
+    return y - energy_and_gradient(energy, y)[1]
 
 
-def unconstrained(x):
+def unconstrained(x, s):
     """No constraint."""
     return x
 
 
-@torch.no_grad()
-def langevin(
-    energy, x, steps, step_size, noise, clamp=math.inf, generator=None, constrain=unconstrained
-):
-    """Langevin dynamics from x (B, ...) in [0, 1]: x after `steps` steps, and what was seen.
+def keep_known(truth, known, smooth, generator=None):
+    """A constraint that inpaints: where `known`, the truth with as much noise as x has there."""
 
-    It samples exp(-E / T) on [0, 1], T = noise^2 / (2 step_size), but for three things: gradients
-    are clamped, pixels stop at 0 and 1, and steps are not infinitely small (where E is c x^2 / 2
-    the variance becomes T / (c (1 - c step_size / 2)) instead of T / c). What was seen: {name:
-    tensor ()}, E at the start, the mean |gradient| of a pixel, and the share of those clamped.
-    After each step x becomes constrain(x).
+    def constrain(x, s):
+        z = torch.randn(x.shape, generator=generator, device=x.device)
+        return torch.where(known, on_path(truth, z, torch.as_tensor(s), smooth)[0], x)
+
+    return constrain
+
+
+@torch.no_grad()
+def langevin(energy, x, steps, step_size, temperature, generator=None, constrain=unconstrained):
+    """Langevin dynamics from x (B, ...): x after `steps` steps, and its energies (B,) before.
+
+    It samples exp(-E / temperature). Around an image E curves as 1 in most directions, as half a
+    squared distance does. A step turns the variance v of such a direction into (1 - h)^2 v + noise,
+    which leaves v = temperature as it is if the noise is h (2 - h) temperature: for small h the 2 h
+    temperature of the books. After each step x becomes
+    constrain(x, s), s being the root of the temperature.
     """
-    e_start = gradient = clamped = torch.zeros((), device=x.device)
+    noise = math.sqrt(step_size * (2 - step_size) * temperature)
+    e_start = torch.zeros(len(x), device=x.device)
     for i in range(steps):
         e, grad = energy_and_gradient(energy, x)
         if i == 0:
-            e_start = e.mean()
-        size = grad.abs()
-        gradient = gradient + size.mean() / steps
-        clamped = clamped + (size > clamp).float().mean() / steps
-        z = torch.randn(x.shape, generator=generator, device=x.device)
-        x = (x - step_size * grad.clamp(-clamp, clamp) + noise * z).clamp(0, 1)
-        x = constrain(x)
-    return x, {"E start": e_start, "gradient": gradient, "clamped": clamped}
+            e_start = e
+        x = add_noise(x - step_size * grad, noise, generator)
+        x = constrain(x, math.sqrt(temperature))
+    return x, e_start
+
+
+@torch.no_grad()
+def descend(energy, y, step_size, end, constrain=unconstrained):
+    """Down the slope from noise y = z (B, ...) to where s of the path is `end` or just below.
+
+    A step makes s smaller by the factor 1 - step_size. After it y becomes constrain(y, s).
+    """
+    s = 1.0
+    while s > end:
+        s = s * (1 - step_size)
+        y = constrain(y - step_size * energy_and_gradient(energy, y)[1], s)
+    return y
 
 
 @dataclass
 class Settings:
     """Of Langevin dynamics and of the loss; the flags of the same names."""
 
-    steps: int = 40  # K, for each step of training
-    step_size: float = 20.0  # a
-    noise: float = 0.02  # s
-    clamp: float = 0.01  # of a pixel's gradient: about 1 / d, the pull on one that is off by 1
-    smooth: float = 0.03  # std of the noise on data
-    fresh: float = 0.05  # share of drawn chains that begin anew
-    penalty: float = 1.0  # alpha
-
-    def d(self):
-        """smooth^2 / T: with it d E(y) is about half the squared distance of y from an image."""
-        temperature = self.noise**2 / (2 * self.step_size)
-        return self.smooth**2 / temperature
+    steps: int = 10  # K, for each step of training
+    step_size: float = 0.1  # h
+    smooth: float = 0.06  # std of the noise on data, and the root of the temperature
+    fresh: float = 0.02  # share of drawn chains that begin anew in noise; and in coarse images
+    weight: float = 0.3  # of the gap
+    focus: float = 0.35  # median s in training
 
     def walk(self, energy, x, steps, generator=None, constrain=unconstrained):
         """langevin() with these settings."""
-        a = self.step_size
-        return langevin(energy, x, steps, a, self.noise, self.clamp, generator, constrain)
+        temperature = self.smooth**2
+        return langevin(energy, x, steps, self.step_size, temperature, generator, constrain)
 
 
-def draw(energy, x, steps, settings, d, generator=None):
-    """Samples in [0, 1]: Langevin steps from x (B, ...), then the noise that chains have goes.
-
-    d is that of training, settings.d(), even where the settings of sampling are others.
-    """
-    x, _ = settings.walk(energy, x, steps, generator)
-    return denoise(energy, x, d).clamp(0, 1)
+def draw(energy, z, settings, steps=0, generator=None, constrain=unconstrained):
+    """Images in [-1, 1] from standard normal z (B, ...): down the slope, a walk, noise off."""
+    x = descend(energy, z, settings.step_size, settings.smooth, constrain)
+    x, _ = settings.walk(energy, x, steps, generator, constrain)
+    return denoise(energy, x).clamp(-1, 1)
 
 
 class Buffer(nn.Module):
-    """The ends of `size` persistent chains, as bytes (size, *shape), and the last hundred gaps.
+    """Persistent chains, (N, C, H, W) in fp16, and the last hundred gaps.
 
-    A chain begins as uniform noise. Every step of training draws some chains, lets them go on for K
-    steps and puts them back. Of those drawn a share, `fresh`, begins anew, so that none gets stuck
-    for good: a chain lives for K / fresh steps on average (800 by default).
+    They begin at uint8 images. Every step of training draws some chains, lets them walk K steps and
+    puts them back. A share, `fresh`, of those drawn begins anew in noise, and as many in coarse
+    images (see coarsen): walks hardly find their way to such by themselves, and yet E takes them
+    for good images if it is not told better, since nothing in them looks wrong. So a chain walks
+    K / (2 fresh) steps on average (250 by default).
     """
 
-    def __init__(self, size, shape, generator=None, device=None):
+    def __init__(self, images):
         super().__init__()
-        noise = torch.rand(size, *shape, generator=generator, device=device)
-        self.register_buffer("chains", quantise(noise))
-        self.register_buffer("gaps", torch.zeros(100, device=device))
+        self.register_buffer("chains", dequantise(images).half())
+        self.register_buffer("gaps", torch.zeros(100, device=images.device))
 
-    def draw(self, count, fresh, generator=None):
-        """(slots, x): `count` different chains (at most size), some of them replaced by noise."""
+    def draw(self, coarse, fresh, generator=None):
+        """(slots, x): as many different chains as coarse images (B, ...), some begun anew."""
+        count = len(coarse)
         if count > len(self.chains):
             raise ValueError(f"a buffer of {len(self.chains)} chains is too small for {count}")
         kind = {"generator": generator, "device": self.chains.device}
         slots = torch.randperm(len(self.chains), **kind)[:count]
-        x = dequantise(self.chains[slots], generator)
-        is_fresh = torch.rand(count, *[1] * (x.dim() - 1), **kind) < fresh
-        return slots, torch.where(is_fresh, torch.rand(x.shape, **kind), x)
+        x = self.chains[slots].float()
+        u = torch.rand(count, *[1] * (x.dim() - 1), **kind)
+        x = torch.where(u < fresh, torch.randn(x.shape, **kind), x)
+        return slots, torch.where(u > 1 - fresh, coarse, x)
 
     def put(self, slots, x, gap, good):
         """Keep where chains got to, and the gap, if the step was good, a bool tensor ()."""
-        self.chains[slots] = torch.where(good, quantise(x), self.chains[slots])
+        self.chains[slots] = torch.where(good, x.half(), self.chains[slots])
         gaps = torch.cat([self.gaps[1:], gap[None]])  # the oldest goes
         self.gaps.copy_(torch.where(good, gaps, self.gaps))
+
+
+def coarsen(x, generator=None):
+    """Images (B, C, H, W) as 1, 2x2, 4x4 or 8x8 pixels, by chance, enlarged to their size."""
+    size = x.shape[2:]
+    versions = torch.stack([interpolate(adaptive_avg_pool2d(x, n), size) for n in (1, 2, 4, 8)])
+    choice = torch.randint(4, (len(x),), generator=generator, device=x.device)
+    return versions[choice, torch.arange(len(x), device=x.device)]
 
 
 # --------------------------------------------------------------------------------------- optimisers
@@ -375,16 +417,17 @@ def set_rate(optimizers, lr):
     """Set the learning rates of make_optimizers()."""
     muon, adam = optimizers
     muon.param_groups[0]["lr"] = lr
-    adam.param_groups[0]["lr"] = lr / 20
+    adam.param_groups[0]["lr"] = lr / 10
 
 
 def make_optimizers(net, lr=0.02):
-    """[Muon for the convolutions of all blocks, Adam at lr / 20 for the other weights].
+    """[Muon for the convolutions of all blocks, Adam at lr / 10 for the other weights].
 
     Both stand still where gradients are 0, as after cancel_bad_step(); Adam does so because its
     momentum is 0.
     """
-    hidden = [weight for weight in net.levels.parameters() if weight.dim() > 1]
+    blocks = nn.ModuleList([net.down, net.middle, net.up])
+    hidden = [weight for weight in blocks.parameters() if weight.dim() > 1]
     ids = {id(weight) for weight in hidden}
     rest = [weight for weight in net.parameters() if id(weight) not in ids]
     optimizers = [Muon(hidden), torch.optim.Adam(rest, betas=(0.0, 0.999), fused=True)]
@@ -394,38 +437,57 @@ def make_optimizers(net, lr=0.02):
 
 # ------------------------------------------------------------------------------------ training step
 
-
-def score_loss(net, x, settings, generator=None):
-    """Denoising score matching of clean x (B, C, H, W), ln sigma uniform from ln smooth to 0."""
-    u = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
-    sigma = settings.smooth**u
-    # net.forward, because a compiled net() cannot be differentiated twice.
-    return denoising_score_matching(net.forward, x, sigma, settings.d(), generator)
+STAGES = ["residual", "slope", "chains"]
 
 
-def chain_loss(net, data, settings, buffer, generator=None):
-    """Contrastive divergence: (loss, terms to log, slots and ends of the chains)."""
-    slots, start = buffer.draw(len(data), settings.fresh, generator)
-    chains, seen = settings.walk(net, start, settings.steps, generator)
-    gap, penalty, e_data, e_chains = contrastive_divergence(net, data, chains, settings.penalty)
-    terms = {"E data": e_data.mean(), "E chains": e_chains.mean(), **seen}
-    terms.update({"gap": gap, "penalty": penalty, "saturated": share_saturated(chains)})
-    return gap + penalty, terms, slots, chains
+def match_loss(net, x, settings, stage, generator=None):
+    """How well the slope at a place of the path from x (B, C, H, W) tells the velocity there.
+
+    grad E(y) is J^T r(y), with J the Jacobian of r. If r took noise away just as a projection does,
+    that would be r(y) again. So in the first stage r stands in for it, at half the cost; this does
+    not make a slope yet, but the second stage is short then. There r goes on to be taught a little:
+    that keeps E(y) near |s dy/ds|^2 / 2, of which the slope leaves a constant open.
+    """
+    least = settings.smooth / 2
+    s = sample_s(len(x), settings.focus, least, generator, x.device).view(-1, 1, 1, 1)
+    z = torch.randn(x.shape, generator=generator, device=x.device)
+    y, velocity = on_path(x, z, s, settings.smooth)
+    y.requires_grad_()
+    r = net.residual(y)
+    of_r = matching_error(r, velocity, s).mean()
+    if stage == "residual":
+        return of_r
+    # To learn from the gradient of E = |r|^2 / 2, it is differentiated once more.
+    (slope,) = torch.autograd.grad(r.square().sum() / 2, y, create_graph=True)
+    return matching_error(slope, velocity, s).mean() + 0.1 * of_r
 
 
-def share_saturated(x):
-    """Share of pixels at 0 or 1, where Langevin dynamics stops them."""
-    return ((x == 0) | (x == 1)).float().mean()
+def chain_loss(net, x, settings, buffer, generator=None):
+    """Contrastive divergence: (loss, terms to log, slots and ends of the chains).
+
+    Energies are in units of T dim. In these the noise in data, of std smooth, makes about 1/2, if r
+    finds all of it.
+    """
+    data = add_noise(x, settings.smooth, generator)
+    coarse = add_noise(coarsen(x, generator), settings.smooth, generator)
+    slots, start = buffer.draw(coarse, settings.fresh, generator)
+    chains, e_start = settings.walk(net, start, settings.steps, generator)
+    unit = settings.smooth**2 * x[0].numel()
+    gap, e_data, e_chains = contrastive_divergence(net, data, chains, unit)
+    terms = {"gap": gap, "E data": e_data.mean(), "E chains": e_chains.median()}
+    terms["E start"] = e_start.median() / unit
+    return settings.weight * gap, terms, slots, chains
 
 
 def cancel_bad_step(net, gap, norm, recent_gaps):
     """Set gradients to 0 if the step is bad. Returns whether it is good, a bool tensor ().
 
-    Bad is a gap or gradient norm that is not finite, or a |gap| above 1 (for images like CIFAR-10's
-    it is far below) that is also above five times the median of the recent ones. All this stays on
-    the device: where(good, ...) in place of `if good`, for which the program would have to wait.
+    Bad is a gap or gradient norm that is not finite, or a |gap| above 10 (for images like
+    CIFAR-10's it is far below) that is also above five times the median of the recent ones. All
+    this stays on the device: where(good, ...) in place of `if good`, for which the program would
+    have to wait.
     """
-    limit = (5 * recent_gaps.abs().median()).clamp(min=1)
+    limit = (5 * recent_gaps.abs().median()).clamp(min=10)
     good = gap.isfinite() & norm.isfinite() & (gap.abs() <= limit)
     for p in net.parameters():
         if p.grad is not None:
@@ -433,35 +495,31 @@ def cancel_bad_step(net, gap, norm, recent_gaps):
     return good
 
 
-def training_step(net, optimizers, images, settings, buffer=None, generator=None):
-    """One step on uint8 images (B, C, H, W): score matching, and with a buffer also chains.
+def training_step(net, optimizers, images, settings, stage, buffer=None, generator=None):
+    """One step on uint8 images (B, C, H, W), in one of the STAGES; "chains" needs a buffer.
 
-    Returns what is logged, {name: tensor ()}, all 0 but "skipped" if the step was bad: the terms of
-    the loss; E of data, and of chains before and after their steps; their mean gradient and the
-    share clamped; the share of pixels at 0 or 1, of chains (saturated) and of data.
+    Returns what is logged, {name: tensor ()}, all 0 but "skipped" if the step was bad.
     """
     x = dequantise(images, generator)
-    data = add_noise(x, settings.smooth, generator).clamp(0, 1)  # clamped, as chains are
-    score = score_loss(net, x, settings, generator)
-    loss = 0.1 * score
-    gap = torch.zeros_like(score)
-    recent_gaps = torch.zeros_like(score)
+    match = match_loss(net, x, settings, stage, generator)
+    loss = match
+    gap = torch.zeros_like(match)
+    recent_gaps = torch.zeros_like(match)
     terms = {}
-    if buffer is not None:
-        chains_loss, terms, slots, chains = chain_loss(net, data, settings, buffer, generator)
-        loss = loss + chains_loss
+    if stage == "chains":
+        weighted_gap, terms, slots, chains = chain_loss(net, x, settings, buffer, generator)
+        loss = loss + weighted_gap
         gap = terms["gap"].detach()
         recent_gaps = buffer.gaps
     net.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     good = cancel_bad_step(net, gap, norm, recent_gaps)
     for optimizer in optimizers:
         optimizer.step()
-    net.project()
-    if buffer is not None:
+    if stage == "chains":
         buffer.put(slots, chains, gap, good)
-    terms.update({"score": score, "data saturated": share_saturated(data), "train loss": loss})
+    terms.update({"match": match, "train loss": loss})
     terms = {name: torch.where(good, value.detach(), 0) for name, value in terms.items()}
     return {**terms, "skipped": 1.0 - good.float()}
 
@@ -747,11 +805,8 @@ class GuardedRun(Run):
             return "weights not finite"
         if skipped >= min(50, self.steps_per_epoch):
             return f"{skipped:.0f} steps skipped"
-        if max(abs(last.get("E data", 0)), abs(last.get("E chains", 0))) > 10:
-            return "energies above 10"
-        halfway = (1 + last["data saturated"]) / 2  # from the data's share to all pixels
-        if last.get("saturated", 0) > halfway:
-            return "chains black and white"
+        if max(abs(last.get("E data", 0)), abs(last.get("E chains", 0))) > 100:
+            return "energies above 100"
         return ""
 
     def check(self):
@@ -773,13 +828,6 @@ class GuardedRun(Run):
         super().check()
 
 
-@torch.no_grad()
-def centre_energy(net, images, settings, generator):
-    """Make E of uint8 images 0 on average: score matching alone leaves a constant in E open."""
-    data = add_noise(dequantise(images, generator), settings.smooth, generator).clamp(0, 1)
-    net.head.bias -= net(data).mean()
-
-
 def describe_network(args, images):
     """The arguments of EnergyNet, by name; a checkpoint keeps them."""
     flags = {flag: getattr(args, flag) for flag in NETWORK_FLAGS}
@@ -795,6 +843,26 @@ def build(args, network):
     return net.to(args.device, memory_format=torch.channels_last)
 
 
+def start_buffer(args, images):
+    """A Buffer of --buffer chains that begin at the first images, at each again if they are few."""
+    count = max(args.buffer, args.batch_size)
+    return Buffer(images[torch.arange(count, device=images.device) % len(images)])
+
+
+def schedule(step, total, facts):
+    """(stage, steps since its schedule began, steps that this takes, factor of the rate).
+
+    The first two stages share a schedule of the learning rate. That of the chains is a tenth as
+    high: they are to mend what is there.
+    """
+    chains_from = facts["chains_from"]
+    caution = 0.5 ** facts["failures"]
+    if step >= chains_from:
+        return "chains", step - chains_from, total - chains_from, 0.1 * caution
+    stage = "slope" if step >= facts["slope_from"] else "residual"
+    return stage, step, chains_from, caution
+
+
 def train(args, checkpoint=None):
     """Train on --data from the start or, given a checkpoint, from where that was saved."""
     from common import fingerprint, load, save_grid
@@ -808,43 +876,43 @@ def train(args, checkpoint=None):
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizers = make_optimizers(net)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    buffer = Buffer(max(args.buffer, args.batch_size), shape, generator, args.device)
+    buffer = start_buffer(args, images)
 
     parts = {"net": net, "ema": ema, "muon": optimizers[0], "adam": optimizers[1], "buffer": buffer}
     data = f"{len(images)} images {fingerprint(images)}"
-    facts = {"network": network, "shape": shape, "data": data}
-    facts.update(d=settings.d(), smooth=settings.smooth, failures=0)
+    facts = {"network": network, "shape": shape, "data": data, "failures": 0}
     run = GuardedRun(args, images, parts, facts, generator)
-    facts["warm_steps"] = int(args.warm_up * run.total)
+    facts["slope_from"] = int(args.residual * run.total)
+    facts["chains_from"] = max(facts["slope_from"], int(args.warm_up * run.total))
     if checkpoint:
         run.restore(checkpoint)  # and the facts
     if args.compile:
-        net.compile()
+        net.compile()  # the forward alone: r is differentiated twice, which compiled code cannot be
         ema.compile()
 
     for epoch in run.epochs():
         for batch in run.batches(images):
             if run.saved_step is None:
                 run.save()  # something to go back to
-            rate = args.lr * warmup_cosine(run.step, run.total) / 2 ** facts["failures"]
-            set_rate(optimizers, rate)
-            if run.step <= facts["warm_steps"] and run.step % 50 == 0:
-                centre_energy(net, batch, settings, generator)
-            chains = buffer if run.step >= facts["warm_steps"] else None
-            terms = training_step(net, optimizers, batch, settings, chains, generator)
-            update_ema(ema, net, run.step, args.ema)
+            stage, step, steps, rate = schedule(run.step, run.total, facts)
+            set_rate(optimizers, args.lr * rate * warmup_cosine(step, steps))
+            if stage == "chains" and step == 0:
+                draw_chains(args, ema, test, run.out / "chains_before.png")
+            terms = training_step(net, optimizers, batch, settings, stage, buffer, generator)
+            update_ema(ema, net, step, args.ema)  # it, too, starts anew with the chains
             run.record(terms)
         run.end_epoch({"failures": facts["failures"]})
-        if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.epochs:
+        # In the first stage grad E has not been taught yet.
+        due = (epoch + 1) % args.sample_every == 0 and stage != "residual"
+        if due or epoch + 1 == args.epochs:
             fixed = torch.Generator(args.device).manual_seed(args.seed)
             x = draw_samples(args, ema, facts, 64, fixed)
             save_grid(x, run.out / f"samples_{epoch + 1:04d}.png")
-    draw_chains(args, ema, test, run.out)
+    draw_chains(args, ema, test, run.out / "chains.png")
 
 
 # --------------------------------------------------------------------------------------------- uses
 # What can be done with trained weights: a function for each flag. They write into --out.
-# d and smooth belong to the weights and come from the facts in the checkpoint, whatever the flags.
 
 
 def settings_of(args):
@@ -853,31 +921,34 @@ def settings_of(args):
 
 
 def draw_samples(args, net, facts, count, generator):
-    """uint8 images (count, C, H, W), --chain steps from uniform noise, never from the buffer."""
-    noise = torch.rand(count, *facts["shape"], generator=generator, device=args.device)
-    return quantise(draw(net, noise, args.chain, settings_of(args), facts["d"], generator))
+    """uint8 images (count, C, H, W) from noise, never from the buffer; then --chain steps."""
+    z = torch.randn(count, *facts["shape"], generator=generator, device=args.device)
+    return quantise(draw(net, z, settings_of(args), args.chain, generator))
 
 
-def draw_chains(args, net, test, out):
-    """chains.png: eight chains from noise, eight from test images, in rows up to 2 --chain steps.
+CHAIN_ROWS = [0, 1, 3, 10, 30, 100, 300]  # steps
+
+
+def draw_chains(args, net, test, path):
+    """Eight chains from noise beside eight from test images, a row for each of CHAIN_ROWS.
 
     If chains from test images soon look like none, E is lowest elsewhere, and samples are good only
-    if their chains are not too long. The steps of the rows grow by a factor from row to row.
+    if their chains are not too long.
     """
     from common import save_grid
 
+    settings = settings_of(args)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    x = dequantise(test[:8], generator)
-    noise = torch.rand(8, *x.shape[1:], generator=generator, device=args.device)
-    x = torch.cat([noise, x])
-    rows = [quantise(x)]
+    x = add_noise(dequantise(test[:8], generator), settings.smooth, generator)
+    z = torch.randn(8, *x.shape[1:], generator=generator, device=args.device)
+    x = torch.cat([descend(net, z, settings.step_size, settings.smooth), x])
+    rows = []
     before = 0
-    for row in range(1, 8):
-        after = int((2 * args.chain) ** (row / 7))
-        x, _ = settings_of(args).walk(net, x, after - before, generator)
-        rows.append(quantise(x))
+    for after in CHAIN_ROWS:
+        x, _ = settings.walk(net, x, after - before, generator)
+        rows.append(quantise(denoise(net, x)))
         before = after
-    save_grid(torch.cat(rows), out / "chains.png", columns=len(x))
+    save_grid(torch.cat(rows), path, columns=len(x))
 
 
 def generate(args, net, facts):
@@ -903,33 +974,34 @@ def save_triples(truth, before, after, path):
     save_grid(quantise(triples.flatten(0, 1)), path, columns=12)
 
 
-def inpaint(args, net, facts, test):
-    """--inpaint: test images, the same without their middle, and with that filled by a chain."""
+def inpaint(args, net, test):
+    """--inpaint: test images, the same without their middle, and with that filled."""
     generator = torch.Generator(args.device).manual_seed(args.seed)
     truth = dequantise(test[:16], generator)
     height, width = truth.shape[2:]
     known = torch.ones(height, width, dtype=torch.bool, device=args.device)
     known[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = False
-
-    def keep_known(x):  # with the noise that data had in training
-        return torch.where(known, add_noise(truth, facts["smooth"], generator).clamp(0, 1), x)
-
-    x = torch.rand(truth.shape, generator=generator, device=args.device)
-    x, _ = settings_of(args).walk(net, x, args.chain, generator, keep_known)
-    x = torch.where(known, truth, denoise(net, x, facts["d"]))
-    save_triples(truth, torch.where(known, truth, 0), x, Path(args.out) / "inpaint.png")
+    z = torch.randn(truth.shape, generator=generator, device=args.device)
+    constrain = keep_known(truth, known, args.smooth, generator)
+    x = draw(net, z, settings_of(args), args.chain, generator, constrain)
+    x = torch.where(known, truth, x)
+    save_triples(truth, torch.where(known, truth, -1), x, Path(args.out) / "inpaint.png")
 
 
-def remove_noise(args, net, facts, test):
-    """--denoise: test images, with noise of std 0.1, and after one step of denoise()."""
+def remove_noise(args, net, test):
+    """--denoise: test images, the same at s = 0.2 of their path, and after one step back."""
     generator = torch.Generator(args.device).manual_seed(args.seed)
     truth = dequantise(test[:16], generator)
-    noisy = add_noise(truth, 0.1, generator)
-    clean = denoise(net, noisy, facts["d"]).clamp(0, 1)
+    s = torch.tensor(0.2)
+    z = torch.randn(truth.shape, generator=generator, device=args.device)
+    noisy, _ = on_path(truth, z, s, args.smooth)
+    # y - s dy/ds = (c - s dc/ds) x, and for x = 1 and z = 0 on_path gives c and dc/ds.
+    c, dc_ds = on_path(1.0, 0.0, s, args.smooth)
+    clean = (denoise(net, noisy) / (c - s * dc_ds)).clamp(-1, 1)
     save_triples(truth, noisy, clean, Path(args.out) / "denoise.png")
 
-    def psnr(x):
-        return -10 * (x - truth).square().mean((1, 2, 3)).log10().mean()
+    def psnr(x):  # pixels from -1 to 1
+        return -10 * ((x - truth) / 2).square().mean((1, 2, 3)).log10().mean()
 
     dB = f"PSNR {psnr(noisy):.2f} dB before, {psnr(clean):.2f} dB after"
     print(f"{dB}, of {len(truth)} test images")
@@ -963,6 +1035,8 @@ def evaluate(args, net, facts):
     """--evaluate: how well E tells other images from test images, and histograms of energies."""
     from common import load
 
+    settings = settings_of(args)
+    unit = settings.smooth**2 * math.prod(facts["shape"])
     generator = torch.Generator(args.device).manual_seed(args.seed)
 
     @torch.no_grad()
@@ -970,7 +1044,7 @@ def evaluate(args, net, facts):
         parts = []
         for batch in images.split(250):
             x = dequantise(batch.to(args.device), generator)
-            parts.append(net(add_noise(x, facts["smooth"], generator).clamp(0, 1)).cpu())
+            parts.append(net(add_noise(x, settings.smooth, generator)).cpu() / unit)
         return torch.cat(parts)
 
     train, test = load(args.data, args.subset)
@@ -981,9 +1055,12 @@ def evaluate(args, net, facts):
     }
     others = outliers(test.to(args.device), generator)
     others[args.ood] = torch.cat(load(args.ood))
+    middle = inside["test"].median()
     for name, images in others.items():
-        area = auroc(inside["test"], energies(images))
-        print(f"AUROC {area:.3f}  of test images against {name}")
+        e = energies(images)
+        area = auroc(inside["test"], e)
+        either = auroc((inside["test"] - middle).abs(), (e - middle).abs())
+        print(f"AUROC {area:.3f}, by |E - median| {either:.3f}, of test images against {name}")
     every = torch.cat(list(inside.values()))
     low = every.min().item()
     high = every.max().item()
@@ -991,7 +1068,7 @@ def evaluate(args, net, facts):
     lines = {}
     for name, e in inside.items():
         lines[name] = middles, (e.histc(50, low, high) / len(e)).tolist()
-    plot(Path(args.out) / "histogram.png", lines, xlabel="energy")
+    plot(Path(args.out) / "histogram.png", lines, xlabel="energy / (T dim)")
 
 
 def use(args, checkpoint):
@@ -1005,9 +1082,9 @@ def use(args, checkpoint):
     if args.inpaint or args.denoise:
         test = load(args.data)[1].to(args.device)
         if args.inpaint:
-            inpaint(args, net, checkpoint, test)
+            inpaint(args, net, test)
         if args.denoise:
-            remove_noise(args, net, checkpoint, test)
+            remove_noise(args, net, test)
     if args.evaluate:
         evaluate(args, net, checkpoint)
 
@@ -1097,8 +1174,8 @@ def shared_parser(lr):
 USES = ["generate", "evaluate", "inpaint", "denoise"]  # of trained weights
 NETWORK_FLAGS = ["width", "mults", "blocks"]  # cannot be changed when weights are there
 RUN_FLAGS = ["batch_size", "seed", "subset", "buffer"]  # nor can these when training goes on
-RUN_FLAGS += ["step_size", "noise", "smooth", "warm_up"]
-SETTINGS_FLAGS = ["steps", "step_size", "noise", "clamp", "smooth", "fresh", "penalty"]
+RUN_FLAGS += ["smooth", "residual", "warm_up"]
+SETTINGS_FLAGS = ["steps", "step_size", "smooth", "fresh", "weight", "focus"]
 
 
 def make_parser():
@@ -1107,21 +1184,26 @@ def make_parser():
     add = parser.add_argument_group(NAME).add_argument
     count = number(int, 1)
     share = number(float, 0, most=1)
-    positive = number(float, 0, above=True)
+    below_1 = number(float, 0, above=True, most=0.9)
     widths = numbers(1, most=6)
     add("--width", default=64, type=count, help="channels at full resolution")
-    add("--mults", default=[1, 2, 4, 4], type=widths, metavar="M,M,...", help="widths by level")
-    add("--blocks", default=2, type=count, help="residual blocks at a resolution")
-    add("--warm-up", default=0.7, type=share, help="share of the run before there are chains")
-    add("--steps", default=40, type=count, metavar="K", help="Langevin steps an update")
-    add("--step-size", default=20.0, type=positive, help="a: gradients times this are a step")
-    add("--noise", default=0.02, type=positive, help="s: std of a step's noise on [0, 1]")
-    add("--clamp", default=0.01, type=positive, help="largest gradient of a pixel")
-    add("--chain", default=500, type=count, help="Langevin steps from noise to a sample")
+    add("--mults", default=[1, 2, 3, 4], type=widths, metavar="M,M,...", help="widths by level")
+    add("--blocks", default=2, type=count, help="residual blocks each way at a resolution")
+    add("--residual", default=0.4, type=share, help="share of the run that teaches r alone")
+    add("--warm-up", default=0.8, type=share, help="share of the run before there are chains")
+    add("--focus", default=0.35, type=below_1, help="median s in training, higher for plain shapes")
+    add("--steps", default=10, type=count, metavar="K", help="Langevin steps an update")
+    add("--step-size", default=0.1, type=below_1, help="h: gradients times this are a step")
+    add("--smooth", default=0.06, type=below_1, help="std of noise on data, root of T")
+    add("--weight", default=0.3, type=number(float, 0), help="of the gap, in units of T dim")
     add("--buffer", default=10_000, type=count, help="persistent chains")
-    add("--fresh", default=0.05, type=share, help="share of drawn chains that start anew")
-    add("--penalty", default=1.0, type=number(float, 0), help="alpha: weight of squared energies")
-    add("--smooth", default=0.03, type=positive, help="std of the noise on data")
+    add(
+        "--fresh",
+        default=0.02,
+        type=number(float, 0, most=0.5),
+        help="share of drawn chains that start anew, twice",
+    )
+    add("--chain", default=0, type=number(int, 0), help="Langevin steps after the way from noise")
     add("--inpaint", action="store_true", help="only complete test images without their middle")
     add("--denoise", action="store_true", help="only take noise off test images")
     add("--ood", default="shapes", help="other images for --evaluate, like --data")

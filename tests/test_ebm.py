@@ -62,8 +62,9 @@ def network(seed=0, kind=ebm.EnergyNet, **options):
     """A small network whose energy is not flat."""
     torch.manual_seed(seed)
     net = kind(**{"width": 8, "mults": (1, 2), "blocks": 1, **options})
-    for layer in layers(net, nn.Linear):
-        nn.init.normal_(layer.weight, std=0.1)
+    for layer in layers(net, nn.Conv2d):
+        if not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.1)
     return net
 
 
@@ -92,7 +93,7 @@ def remember(buffer, gaps):
     """Let the buffer keep these gaps, and the chains that it has."""
     slots = torch.arange(1)
     for gap in gaps:
-        buffer.put(slots, (buffer.chains[slots] + 0.5) / 256, torch.tensor(gap), YES)
+        buffer.put(slots, buffer.chains[slots].float(), torch.tensor(gap), YES)
 
 
 def sorted_gaps(buffer):
@@ -122,35 +123,32 @@ class Calls:
 # ------------------------------------------------------------------------------------------ sampler
 
 
-@pytest.mark.parametrize("share", [0.1, 0.8, 1.5])
-def test_langevin_has_the_stationary_variance_of_its_own_order_of_noise_and_step(share):
-    """x <- x - a c x + s z. Noise before the gradient would have (1 - a c)^2 times that, a factor
-    of two in the step or a missing root twice."""
-    c, a, s = 40.0, share / 40, 0.02
-    x, _ = ebm.langevin(quadratic(c), rand(20_000, 1), 60, a, s, generator=gen())
-    due = s**2 / (a * c * (2 - a * c))
-    assert x.var().item() == pytest.approx(due, rel=0.04)
+@pytest.mark.parametrize("h", [0.05, 0.5, 1.5])
+def test_langevin_is_exact_where_energy_curves_as_1(h):
+    """The 2 h T of small steps would leave a variance of T / (1 - h / 2) in place of T."""
+    t = 0.02
+    start = 0.5 + randn(20_000, 1)
+    x, _ = ebm.langevin(quadratic(1.0), start, 100, h, t, gen())
+    assert x.var().item() == pytest.approx(t, rel=0.04)
     assert abs(x.mean() - 0.5) < 0.01
-    t = s**2 / (2 * a)  # as the docstring has it
-    assert due == pytest.approx(t / c / (1 - c * a / 2))
 
 
 def test_langevin_samples_the_density_of_its_temperature():
-    """Of a double well, by numerical integration: exp(-E / T), T = noise^2 / (2 step)."""
-    step, noise = 0.01, 0.02
-    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    """Of a double well, by numerical integration: exp(-E / T)."""
+    step, t = 0.02, 0.02
+    grid = torch.linspace(-1, 2, 2001, dtype=torch.float64)
 
     def energy(x):
         wells = (x - 0.3).square() * (x - 0.75).square()
         return 10 * wells.flatten(1).sum(1) + 0.02 * x.sum(1)
 
-    p = torch.exp(-energy(grid[:, None]) / (noise**2 / (2 * step)))
-    x, _ = ebm.langevin(energy, rand(4000, 1), 3000, step, noise, generator=gen())
+    p = torch.exp(-energy(grid[:, None]) / t)
+    x, _ = ebm.langevin(energy, rand(4000, 1), 2000, step, t, gen())
     for power in 1, 2:
         due = (p * grid**power).sum() / p.sum()
-        assert abs(x.double().pow(power).mean() - due) < 0.01
+        assert abs(x.double().pow(power).mean() - due) < 0.015
     wrong = p**2
-    assert abs(x.mean() - (wrong * grid).sum() / wrong.sum()) > 0.02
+    assert abs(x.var() - ((wrong * grid**2).sum() / wrong.sum())) > 0.02
 
 
 def cubic(x):
@@ -167,47 +165,36 @@ def cubic_gradient(x):
     return torch.stack(columns, dim=1).view_as(x)
 
 
-def test_langevin_step_by_step_as_written_and_what_was_seen():
-    """Energy at the start; mean size of the gradient; share of it that is clamped."""
+def test_langevin_step_by_step_as_written():
     x = rand(3, 2, 4)
-    energy_at_start = cubic(x).mean()
+    energies_at_start = cubic(x)
     chain = []
 
-    def constrain(x):
+    def constrain(x, s):
         chain.append(x)
+        assert s == pytest.approx(0.2)
         return x
 
-    end, seen = ebm.langevin(cubic, x, 5, 0.3, 0.2, 0.7, gen(), constrain)
-    g = gen()
-    sizes = []
+    end, e_start = ebm.langevin(cubic, x, 5, 0.1, 0.04, gen(), constrain)
+    assert torch.allclose(e_start, energies_at_start)
     assert len(chain) == 5
+    g = gen()
     for after in chain:
-        grad = cubic_gradient(x)
-        sizes.append(grad.abs())
         z = torch.randn(x.shape, generator=g)
-        x = (x - 0.3 * grad.clamp(-0.7, 0.7) + 0.2 * z).clamp(0, 1)
-        assert torch.allclose(after, x, atol=1e-6)
+        x = x - 0.1 * cubic_gradient(x) + math.sqrt(0.1 * 1.9 * 0.04) * z
+        assert torch.allclose(after, x, atol=1e-5)
     assert torch.equal(end, chain[-1])
-    sizes = torch.stack(sizes)
-    shares = (sizes > 0.7).float().mean((1, 2, 3))
-    assert 0.1 < shares.mean() < 0.9
-    assert len(shares.unique()) > 1  # so that the mean is not that of one step
-    due = {"E start": energy_at_start, "gradient": sizes.mean(), "clamped": shares.mean()}
-    assert seen.keys() == due.keys()
-    for name, value in due.items():
-        assert seen[name].shape == ()
-        assert seen[name].item() == pytest.approx(value.item(), rel=1e-5)
 
 
 def test_no_steps_change_nothing():
     x = rand(3, 2, 4)
-    end, seen = ebm.langevin(cubic, x, 0, 0.3, 0.2)
+    end, e_start = ebm.langevin(cubic, x, 0, 0.3, 0.2)
     assert torch.equal(end, x)
-    assert [value.item() for value in seen.values()] == [0, 0, 0]
+    assert e_start.tolist() == [0, 0, 0]
 
 
 def test_the_next_step_starts_from_what_constrain_returns():
-    def constrain(x):
+    def constrain(x, s):
         return torch.where(torch.tensor([True, False]), 0.25, x)
 
     start = torch.full((1, 2), 0.5)
@@ -215,6 +202,49 @@ def test_the_next_step_starts_from_what_constrain_returns():
     once = 0.5 - 0.1 * (3 * 0.5**2 - 2 * 0.5)
     twice = once - 0.1 * (3 * once**2 - 2 * 0.25)
     assert torch.allclose(x, torch.tensor([[0.25, twice]]))
+
+
+def test_descending_shrinks_what_curves_as_1_as_much_as_s():
+    """From s = 1 to the first power of 1 - h that is not above `end`."""
+    seen = []
+
+    def constrain(y, s):
+        seen.append(s)
+        return y
+
+    y = ebm.descend(quadratic(1.0, 0.0), torch.ones(2, 3), 0.1, 0.06, constrain)
+    assert len(seen) == math.ceil(math.log(0.06) / math.log(0.9)) == 27
+    assert torch.allclose(y, torch.full((2, 3), seen[-1]))
+    assert seen == pytest.approx([0.9 ** (k + 1) for k in range(27)])
+
+
+def test_descending_an_exact_slope_ends_at_the_image_of_the_path():
+    """For a single image x, s dy/ds is known at any y: s is |y - c x| / |z|, whatever z."""
+    x = randn(1, 40, seed=2, dtype=torch.float64) / 2
+    z = randn(1, 40, seed=3, dtype=torch.float64)
+    smooth = 0.06
+
+    class Slope(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            tries = torch.linspace(0.001, 1, 20_000, dtype=torch.float64)[:, None]
+            path, velocity = ebm.on_path(x, z, tries, smooth)
+            nearest = (path - y).square().sum(1).argmin()
+            ctx.save_for_backward((tries * velocity)[nearest][None])
+            return y.sum(1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return ctx.saved_tensors[0] * grad[:, None]
+
+    y = ebm.descend(Slope.apply, z, 0.02, 0.06)
+    s = 1.0
+    while s > 0.06:
+        s *= 0.98
+    due, _ = ebm.on_path(x, z, torch.tensor(s), smooth)
+    assert (y - due).abs().max() < 0.05
+    assert (y - x).abs().max() < 0.25
+    assert (z - x).abs().max() > 1
 
 
 def test_energy_and_gradient_are_the_analytic_ones():
@@ -225,42 +255,23 @@ def test_energy_and_gradient_are_the_analytic_ones():
     assert not x.requires_grad
 
 
-def test_chains_stay_in_the_box_after_the_noise():
-    x, _ = ebm.langevin(quadratic(0.0), rand(50, 3, 8, 8), 1, 1.0, 3.0, generator=gen())
-    assert x.min() == 0
-    assert x.max() == 1
-    assert 0.5 < ((x == 0) | (x == 1)).float().mean() < 1
-
-
-def test_the_gradient_is_cut_in_each_pixel_and_goes_downhill():
-    slopes = torch.tensor([100.0, -100.0, 0.001])
-
-    def energy(x):
-        return x @ slopes
-
-    x, seen = ebm.langevin(energy, torch.full((2, 3), 0.5), 2, 10.0, 0.0, clamp=0.01)
-    assert torch.allclose(x, torch.tensor([0.3, 0.7, 0.48]))
-    assert seen["clamped"].item() == pytest.approx(2 / 3)
-    assert seen["gradient"].item() == pytest.approx(200.001 / 3)
-
-
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("mode", [True, False])
 def test_nothing_of_the_network_or_the_caller_changes_while_sampling(mode, fails):
-    """Weights, vectors of the power iteration, mode, requires_grad, gradients, the start."""
+    """Weights, mode, requires_grad, gradients, the start."""
     net = network().train(mode)
     x = rand(2, 3, 8, 8)
     before, start = state(net), x.clone()
     steps = []
 
-    def constrain(x):
+    def constrain(x, s):
         steps.append(x)
         if fails and len(steps) == 2:
             raise InterruptedError
         return x
 
     try:
-        end, _ = ebm.langevin(net, x, 3, 10.0, 0.005, 0.01, gen(), constrain)
+        end, _ = ebm.langevin(net, x, 3, 0.1, 0.004, gen(), constrain)
         assert not fails
         assert not torch.equal(end, start)
     except InterruptedError:
@@ -280,17 +291,18 @@ def test_sampling_needs_no_no_grad_and_does_not_mind_it(grad):
     settings = ebm.Settings()
     enabled = []
 
-    def constrain(x):
+    def constrain(x, s):
         enabled.append(torch.is_grad_enabled())
         return x
 
     with torch.set_grad_enabled(grad):
         energy, gradient = ebm.energy_and_gradient(net, x)
-        end, seen = ebm.langevin(net, x, 2, 10.0, 0.005, constrain=constrain)
+        end, e_start = ebm.langevin(net, x, 2, 0.1, 0.004, constrain=constrain)
         walked, _ = settings.walk(net, x, 2, gen())
-        results = [energy, gradient, end, *seen.values(), walked]
-        results.append(ebm.denoise(net, x, 90.0))
-        results.append(ebm.draw(net, x, 2, settings, 90.0, gen()))
+        results = [energy, gradient, end, e_start, walked]
+        results.append(ebm.denoise(net, x))
+        results.append(ebm.descend(net, x, 0.1, 0.5))
+        results.append(ebm.draw(net, x, settings, 2, gen()))
         assert torch.is_grad_enabled() == grad
     assert not any(result.requires_grad for result in results)
     assert enabled == [False, False]
@@ -308,7 +320,7 @@ def test_images_of_a_batch_do_not_see_each_other():
     assert grad_alone.any()
     ends = []
     for batch in x, x[:1]:
-        end, _ = ebm.langevin(net, batch, 2, 1.0, 0.0)
+        end, _ = ebm.langevin(net, batch, 2, 0.5, 0.0)
         ends.append(end[:1])
     assert torch.allclose(*ends, atol=1e-6)
     assert not torch.allclose(ends[0], x[:1], atol=1e-4)
@@ -326,105 +338,86 @@ class CountFlops(TorchDispatchMode):
 
 
 def test_a_langevin_step_costs_two_forwards():
-    """Three, if the weights had gradients; and no singular values are computed in it."""
+    """Three, if the weights had gradients."""
     net = network(width=16, mults=(1, 2, 4), blocks=2)
     x = rand(2, 3, 32, 32)
     with CountFlops() as forward, torch.no_grad():
         net(x)
     with CountFlops() as step:
-        ebm.langevin(net, x, 1, 10.0, 0.005)
+        ebm.langevin(net, x, 1, 0.1, 0.004)
     assert 1.9 < step.total / forward.total <= 2.2
 
 
 # ------------------------------------------------------------------------- settings and taking off
 
 
-def test_d_is_smooth_squared_over_the_temperature():
-    settings = ebm.Settings(step_size=7.0, noise=0.05, smooth=0.02)
-    assert settings.d() == pytest.approx(2 * 7.0 * (0.02 / 0.05) ** 2)
-    assert ebm.Settings().d() == pytest.approx(90)  # as the defaults are
-
-
 def test_walk_is_langevin_with_the_settings():
-    settings = ebm.Settings(step_size=0.3, noise=0.2, clamp=0.7)
+    settings = ebm.Settings(step_size=0.3, smooth=0.2)
     x = rand(3, 2, 4)
 
-    def constrain(x):
+    def constrain(x, s):
         return x.round(decimals=2)
 
     walked = settings.walk(cubic, x, 4, gen(), constrain)
-    due = ebm.langevin(cubic, x, 4, 0.3, 0.2, 0.7, gen(), constrain)
+    due = ebm.langevin(cubic, x, 4, 0.3, 0.04, gen(), constrain)
     assert torch.equal(walked[0], due[0])
-    assert same(walked[1], due[1])
+    assert torch.equal(walked[1], due[1])
     assert torch.equal(walked[0], walked[0].round(decimals=2))
 
 
-def test_denoise_finds_the_best_guess_of_a_gaussian():
-    """x ~ N(m, v), y = x + smooth z, E = T (y - m)^2 / (2 (v + smooth^2)): mean(x | y) is known."""
-    settings = ebm.Settings(step_size=20.0, noise=0.02, smooth=0.03)
-    m, v, t = 0.5, 0.001, 0.02**2 / (2 * 20.0)
-    energy = quadratic(t / (v + 0.03**2), m)
-    y = 3 * rand(9, 1) - 1  # also beyond [0, 1], where noise leads
-    best = ebm.denoise(energy, y, settings.d())
-    assert torch.allclose(best, m + v / (v + 0.03**2) * (y - m), atol=1e-5)
+@pytest.mark.parametrize("s", [0.03, 0.2])
+def test_denoise_finds_the_best_guess_of_a_gaussian(s):
+    """x ~ N(m, v), y = x + s z, E = -s^2 ln p(y): mean(x | y) is known."""
+    m, v = 0.2, 0.01
+    y = 3 * rand(9, 1) - 1
+    best = ebm.denoise(quadratic(s**2 / (v + s**2), m), y)
+    assert torch.allclose(best, m + v / (v + s**2) * (y - m), atol=1e-5)
 
 
-def test_denoise_lessens_the_error_of_gaussian_data_as_much_as_can_be():
-    """The mean square error goes from smooth^2 to v smooth^2 / (v + smooth^2)."""
-    settings = ebm.Settings(step_size=5.0, noise=0.01, smooth=0.05)
-    v, t = 0.004, 0.01**2 / (2 * 5.0)
-    x = 0.5 + math.sqrt(v) * randn(100_000, 1)
-    y = x + 0.05 * randn(100_000, 1, seed=2)
-    best = ebm.denoise(quadratic(t / (v + 0.05**2)), y, settings.d())
-    due = v * 0.05**2 / (v + 0.05**2)
-    assert (best - x).square().mean().item() == pytest.approx(due, rel=0.02)
-
-
-@pytest.mark.parametrize("noise", [0.1, 0.05])
-def test_draw_walks_and_takes_the_noise_off_with_the_d_of_training(noise):
-    """Not with that of the settings of sampling, whose noise may be another."""
-    d = ebm.Settings(step_size=0.1, noise=0.1, smooth=0.2).d()
-    settings = ebm.Settings(step_size=0.1, noise=noise, smooth=0.2, clamp=0.7)
-    x = rand(3, 2, 4)
-    walked, _ = settings.walk(cubic, x, 3, gen())
-    due = walked - d * cubic_gradient(walked)
-    assert 0 < ((due < 0) | (due > 1)).float().mean() < 0.5  # samples are in [0, 1] all the same
-    drawn = ebm.draw(cubic, x, 3, settings, d, gen())
-    assert torch.allclose(drawn, due.clamp(0, 1), atol=1e-5)
+def test_draw_descends_walks_and_takes_the_noise_off():
+    settings = ebm.Settings(step_size=0.1, smooth=0.5)
+    energy = quadratic(0.5, 0.9)
+    z = randn(30, 2, 4)
+    descended = ebm.descend(energy, z, 0.1, 0.5)
+    walked, _ = settings.walk(energy, descended, 3, gen())
+    due = walked - 0.5 * (walked - 0.9)
+    assert 0 < (due.abs() > 1).float().mean() < 0.5  # samples are in [-1, 1] all the same
+    drawn = ebm.draw(energy, z, settings, 3, gen())
+    assert torch.allclose(drawn, due.clamp(-1, 1), atol=1e-5)
 
 
 def test_chains_rest_with_noise_of_std_smooth_in_a_bowl():
-    """sqrt(T d) = smooth, for E = |x - m|^2 / (2 d) and steps that are small against d."""
-    settings = ebm.Settings(step_size=20.0, noise=0.005, smooth=0.03)
-    d = settings.d()
-    assert settings.step_size / d < 0.02
-    x, seen = settings.walk(quadratic(1 / d, 0.4), torch.full((20_000, 1), 0.4), 400, gen())
-    t = settings.noise**2 / (2 * settings.step_size)
-    assert math.sqrt(t * d) == pytest.approx(0.03)
+    """That curves as 1, at the temperature smooth^2."""
+    settings = ebm.Settings(smooth=0.03)
+    x, _ = settings.walk(quadratic(1.0, 0.4), torch.full((20_000, 1), 0.4), 100, gen())
     assert x.std().item() == pytest.approx(0.03, rel=0.02)
     assert x.mean().item() == pytest.approx(0.4, abs=0.001)
-    assert seen["clamped"] == 0
-    clean = ebm.draw(quadratic(1 / d, 0.4), x, 100, settings, d, gen(1))
-    assert (clean - 0.4).abs().max() < 1e-5
+    assert (ebm.denoise(quadratic(1.0, 0.4), x) - 0.4).abs().max() < 1e-5
 
 
 # ------------------------------------------------------------------------ contrastive divergence
 
 
-def test_terms_and_gradients_of_contrastive_divergence_are_the_analytic_ones():
+@pytest.mark.parametrize("margin, counting", [(100.0, 7), (0.02, 2)])
+def test_terms_and_gradients_of_contrastive_divergence_are_the_analytic_ones(margin, counting):
+    """Chains that are higher than the mean of data by more than the margin do not count."""
     energy = Gaussian(3.0, 0.4).double()
     data = rand(5, 1, dtype=torch.float64)
     chains = rand(7, 1, seed=2, dtype=torch.float64)
-    gap, penalty, e_data, e_chains = ebm.contrastive_divergence(energy, data, chains, alpha=0.3)
-    due_data = 1.5 * (data - 0.4).square().flatten()
-    due_chains = 1.5 * (chains - 0.4).square().flatten()
+    unit = 0.5
+    gap, e_data, e_chains = ebm.contrastive_divergence(energy, data, chains, unit, margin)
+    due_data = 1.5 * (data - 0.4).square().flatten() / unit
+    due_chains = 1.5 * (chains - 0.4).square().flatten() / unit
     assert torch.allclose(e_data, due_data)
     assert torch.allclose(e_chains, due_chains)
-    assert gap.item() == pytest.approx((due_data.mean() - due_chains.mean()).item())
-    squares = due_data.square().mean() + due_chains.square().mean()
-    assert penalty.item() == pytest.approx(0.3 * squares.item())
+    counts = due_chains < due_data.mean() + margin
+    assert counts.sum() == counting
+    share = counts.double().mean()
+    due = share * due_data.mean() - (counts * due_chains).mean()
+    assert gap.item() == pytest.approx(due.item())
     gap.backward()
-    assert energy.mean.grad.item() == pytest.approx(3 * (chains.mean() - data.mean()).item())
+    means = share * data.mean() - (counts * chains[:, 0]).mean()
+    assert energy.mean.grad.item() == pytest.approx(-3 * means.item() / unit)
     assert energy.c.grad.item() == pytest.approx(gap.item() / 3)
 
 
@@ -436,7 +429,7 @@ def test_one_step_downhill_lowers_the_gap_and_nothing_reaches_the_chains():
     gaps = []
     for _ in range(2):
         optimizer.zero_grad()
-        gap, *_ = ebm.contrastive_divergence(net, data, chains)
+        gap, *_ = ebm.contrastive_divergence(net, data, chains, 1.0, 1e9)
         gap.backward()
         optimizer.step()
         gaps.append(gap.item())
@@ -451,86 +444,141 @@ def test_both_batches_go_through_one_forward():
         calls.append(len(x))
         return x.sum(1)
 
-    ebm.contrastive_divergence(energy, rand(3, 1), rand(3, 1))
+    ebm.contrastive_divergence(energy, rand(3, 1), rand(3, 1), 1.0)
     assert calls == [6]
 
 
 def test_contrastive_divergence_recovers_mean_and_temperature_over_variance():
-    """Data N(.55, .07^2), T = 1, a = 5e-4, K = 10 steps of persistent chains. As the steps are
-    finite, their variance is the data's v where s^2 / (a c (2 - a c)) = v, not where c = 1 / v."""
-    v, a = 0.0049, 5e-4
-    s = math.sqrt(2 * a)
-    energy = Gaussian(100.0, 0.3)
-    buffer = ebm.Buffer(2000, (1,), gen())
+    """Data N(.55, .07^2), T = 1e-3, K = 10 steps of persistent chains. As steps are finite, their
+    variance h (2 - h) T / (1 - (1 - h c)^2) is the data's v not quite where c = T / v."""
+    v, h, t = 0.0049, 0.2, 1e-3
+    energy = Gaussian(0.5, 0.3)
+    buffer = ebm.Buffer(torch.full((2000, 1), 166, dtype=torch.uint8))
     optimizer = torch.optim.Adam([{"params": [p]} for p in energy.parameters()], betas=(0.0, 0.99))
     g = gen(3)
     tail = []
     for step in range(500):
-        for group, lr in zip(optimizer.param_groups, (8.0, 5e-3), strict=True):
+        for group, lr in zip(optimizer.param_groups, (8e-3, 5e-3), strict=True):
             group["lr"] = lr * (1 - step / 500)
         data = 0.55 + math.sqrt(v) * torch.randn(1000, 1, generator=g)
-        slots, x = buffer.draw(1000, 0.0, g)
-        x, _ = ebm.langevin(energy, x, 10, a, s, generator=g)
+        slots, x = buffer.draw(data, 0.0, g)
+        x, _ = ebm.langevin(energy, x, 10, h, t, g)
         optimizer.zero_grad()
-        gap, *_ = ebm.contrastive_divergence(energy, data, x)
+        gap, *_ = ebm.contrastive_divergence(energy, data, x, t, 1e9)
         gap.backward()
         optimizer.step()
         buffer.put(slots, x, gap.detach(), YES)
         tail.append((energy.c.item(), energy.mean.item()))
     c, mean = torch.tensor(tail[-100:]).mean(0).tolist()
-    due = (1 - math.sqrt(1 - 2 * a / v)) / a  # the root of s^2 / (a c (2 - a c)) = v at T = 1
-    assert due == pytest.approx(215.6, abs=1)
-    assert 1 / v == pytest.approx(204, abs=1)
+    due = (1 - math.sqrt(1 - h * (2 - h) * t / v)) / h
+    assert due == pytest.approx(0.1876, abs=0.001)
+    assert t / v == pytest.approx(0.204, abs=0.001)
     assert c == pytest.approx(due, rel=0.03)
     assert mean == pytest.approx(0.55, abs=0.005)
 
 
-# ------------------------------------------------------------------------------- score matching
+# ------------------------------------------------------------------------------- path and slope
 
 
-def test_score_matching_is_the_mean_square_that_it_says():
-    x = rand(3, 2, 4, 4, dtype=torch.float64)
-    sigma = torch.tensor([0.1, 0.5, 2.0]).view(3, 1, 1, 1)
-    z = torch.randn(x.shape, generator=gen(5)).double()
-    score = ebm.denoising_score_matching(quadratic(3.0, 0.4), x, sigma, 0.7, gen(5))
-    due = (0.7 / sigma * 3 * (x + sigma * z - 0.4) - z).square().mean()
-    assert score.shape == ()
-    assert score.item() == pytest.approx(due.item())
+def test_the_path_leads_from_noise_to_images_and_its_velocity_is_its_derivative():
+    x = randn(5, 4, dtype=torch.float64)
+    z = randn(5, 4, seed=2, dtype=torch.float64)
+
+    def at(s):
+        return ebm.on_path(x, z, torch.full((5, 1), s, dtype=torch.float64), 0.1)
+
+    assert torch.allclose(at(0.0)[0], x)
+    assert torch.allclose(at(1.0)[0], z)
+    for s in 0.02, 0.07, 0.1, 0.3, 0.9:
+        slope = (at(s + 1e-6)[0] - at(s - 1e-6)[0]) / 2e-6
+        assert torch.allclose(at(s)[1], slope, atol=1e-4)
+    for s in 0.02, 0.1:  # images keep their contrast while there is no more noise than `smooth`
+        assert torch.allclose(at(s)[0], x + s * z)
+        assert torch.allclose(at(s)[1], z)
+    assert not torch.allclose(at(0.3)[0], x + 0.3 * z, atol=1e-3)
 
 
-def test_score_matching_is_one_while_the_energy_is_flat():
-    x = rand(2000, 3, 4, 4)
-    score = ebm.denoising_score_matching(quadratic(0.0), x, torch.ones(2000, 1, 1, 1), 5.0, gen())
-    assert score.item() == pytest.approx(1, abs=0.02)
+def test_places_on_the_path_are_logistic_and_stratified():
+    s = ebm.sample_s(1000, 0.35, 1e-9, gen())
+    u = torch.sigmoid((torch.logit(s.double()) - math.log(0.35 / 0.65)) / 0.8)
+    assert ((u.sort().values * 1000).floor() == torch.arange(1000)).float().mean() > 0.999
+    assert s.median().item() == pytest.approx(0.35, abs=0.01)
+    quartiles = s.quantile(torch.tensor([0.25, 0.75]))
+    assert torch.allclose(quartiles, torch.tensor([0.18, 0.56]), atol=0.01)
+    assert (s[:-1] - s[1:]).abs().mean() > 0.1  # in no order
+    assert ebm.sample_s(1000, 0.35, 0.2, gen()).min().item() == pytest.approx(0.2)
+    assert ebm.sample_s(1001, 0.6, 0.01, gen()).median().item() == pytest.approx(0.6, abs=0.01)
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.3])
-def test_score_matching_finds_the_best_guess_of_a_gaussian(sigma):
-    """x ~ N(m, v): mean(x | y) = y - sigma^2 / (v + sigma^2) (y - m), so d c = sigma^2 /
-    (v + sigma^2). The loss is a parabola in c, whose least lies at that."""
-    v, m, d = 0.04, 0.6, 90.0
-    x = m + math.sqrt(v) * randn(200_000, 1, seed=0, dtype=torch.float64)
-    sigmas = torch.full((len(x), 1), sigma)
-    due = sigma**2 / (v + sigma**2) / d
-    scores = []
+def test_the_error_of_a_slope_is_the_mean_square_that_it_says():
+    slope, velocity = randn(2, 3, 2, 4, 4, dtype=torch.float64)
+    s = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64).view(3, 1, 1, 1)
+    error = ebm.matching_error(slope, velocity, s)
+    assert error.shape == (3,)
+    for i, place in enumerate([0.1, 0.5, 1.0]):
+        due = (slope[i] / place - velocity[i]).square().mean() / (1 + place**2)
+        assert error[i].item() == pytest.approx(due.item())
+    assert ebm.matching_error(s * velocity, velocity, s).max() < 1e-20
+
+
+@pytest.mark.parametrize("s", [0.05, 0.3])
+def test_the_best_slope_makes_the_best_guess_of_a_gaussian(s):
+    """x ~ N(m, v), s below smooth: E = c / 2 (y - m)^2 has the least error at c = s^2 / (v + s^2),
+    where y - grad E(y) is the mean of x given y. The error is a parabola in c."""
+    v, m = 0.04, 0.6
+    x = m + math.sqrt(v) * randn(200_000, 1, dtype=torch.float64)
+    z = randn(200_000, 1, seed=2, dtype=torch.float64)
+    places = torch.full_like(x, s)
+    y, velocity = ebm.on_path(x, z, places, 0.5)
+    due = s**2 / (v + s**2)
+    errors = []
     for c in 0.0, due, 2 * due:
-        score = ebm.denoising_score_matching(quadratic(c, m), x, sigmas, d, gen(1))
-        scores.append(score.item())
-    low, middle, high = scores
+        errors.append(ebm.matching_error(c * (y - m), velocity, places).mean().item())
+    low, middle, high = errors
     least = due + due * (low - high) / (2 * (low + high - 2 * middle))
     assert least == pytest.approx(due, rel=0.02)
     assert middle < min(low, high)
 
 
-def test_score_matching_teaches_every_weight_but_the_constant():
+@pytest.mark.parametrize("stage", ["residual", "slope", "chains"])
+def test_the_loss_of_the_path_is_as_written(monkeypatch, stage):
+    """Of r itself in the first stage; then of the gradient of |r|^2 / 2, with a tenth of that."""
     net = network()
+    settings = ebm.Settings(smooth=0.2, focus=0.4)
+    path = Calls(monkeypatch, "on_path")
+    places = Calls(monkeypatch, "sample_s")
     x = rand(4, 3, 8, 8)
-    score = ebm.denoising_score_matching(net, x, torch.full((4, 1, 1, 1), 0.1), 90.0, gen())
-    score.backward()
-    assert idle(net) == [name for name, p in net.named_parameters() if p.numel() == 1]
-    assert len(idle(net)) == 1
+    loss = ebm.match_loss(net, x, settings, stage, gen())
+    (seen,) = path.arguments
+    (asked,) = places.arguments
+    assert seen["x"] is x
+    assert seen["smooth"] == 0.2
+    assert (asked["count"], asked["median"], asked["least"]) == (4, 0.4, 0.1)
+    y, velocity = path.real(**seen)
+    r = net.residual(y.detach())
+    of_r = ebm.matching_error(r, velocity, seen["s"]).mean()
+    _, slope = ebm.energy_and_gradient(net, y)
+    of_slope = ebm.matching_error(slope, velocity, seen["s"]).mean()
+    due = of_r if stage == "residual" else of_slope + 0.1 * of_r
+    assert loss.item() == pytest.approx(due.item(), rel=1e-4)
+    assert of_r.item() != pytest.approx(of_slope.item(), rel=1e-2)
+    loss.backward()
+    assert idle(net) == []
     assert not x.requires_grad
-    assert x.grad is None
+
+
+def test_to_learn_from_a_slope_it_is_differentiated_once_more():
+    """The gradient of the loss of the path in a weight is that of finite differences."""
+    net = network(width=4, mults=(1,)).double()
+    x = rand(2, 3, 4, 4, dtype=torch.float64)
+    weight = net.down[0][0].conv1.weight
+    ebm.match_loss(net, x, ebm.Settings(), "slope", gen()).backward()
+    losses = []
+    for change in 1e-5, -2e-5:
+        with torch.no_grad():
+            weight[1, 2, 0, 1] += change
+        losses.append(ebm.match_loss(net, x, ebm.Settings(), "slope", gen()).item())
+    assert weight.grad[1, 2, 0, 1].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-3)
 
 
 # -------------------------------------------------------------------------------- data and buffer
@@ -540,37 +588,43 @@ def test_quantise_inverts_dequantise_and_leaves_no_grid():
     values = torch.arange(256, dtype=torch.uint8).expand(2000, 256)
     x = ebm.dequantise(values, gen())
     assert (ebm.quantise(x) != values).float().mean() < 1e-4  # fp32 rounds 255.999999 to 256
-    assert x.min() >= 0
+    assert x.min() >= -1
     assert x.max() <= 1
-    assert (x.mean(0) - (torch.arange(256) + 0.5) / 256).abs().max() < 2e-4
-    assert (x.std(0) * math.sqrt(12) * 256 - 1).abs().max() < 0.08
-    assert (x * 255 - (x * 255).round()).abs().mean() > 0.2  # data on a grid would be told by it
-    assert ebm.quantise(torch.tensor([-3.0, 0.0, 1.0, 7.0])).tolist() == [0, 0, 255, 255]
+    assert (x.mean(0) - ((torch.arange(256) + 0.5) / 128 - 1)).abs().max() < 4e-4
+    assert (x.std(0) * math.sqrt(12) * 128 - 1).abs().max() < 0.08
+    assert (x * 127.5 - (x * 127.5).round()).abs().mean() > 0.2  # a grid would tell data
+    assert ebm.quantise(torch.tensor([-3.0, -1.0, 1.0, 7.0])).tolist() == [0, 0, 255, 255]
+
+
+def some_chains(count, *shape):
+    """A buffer of chains that all differ."""
+    return ebm.Buffer(rand_bytes(count, *shape, seed=9))
 
 
 def test_buffer_draws_without_replacement_from_slots_that_it_names():
-    buffer = ebm.Buffer(50, (2, 4, 4), gen())
+    buffer = some_chains(50, 2, 4, 4)
     g = gen(1)
     before = state(buffer)
-    slots, x = buffer.draw(20, 0.0, g)
+    others = torch.zeros(20, 2, 4, 4)
+    slots, x = buffer.draw(others, 0.0, g)
     assert len(slots.unique()) == 20
-    assert x.shape == (20, 2, 4, 4)
-    assert torch.equal(ebm.quantise(x), before["chains"][slots])
+    assert x.dtype == torch.float32
+    assert torch.equal(x, before["chains"][slots].float())
     assert same(before, state(buffer))
-    drawn = [buffer.draw(20, 0.0, g)[0] for _ in range(20)]
+    drawn = [buffer.draw(others, 0.0, g)[0] for _ in range(20)]
     assert len(torch.cat(drawn).unique()) == 50
 
 
 def test_buffer_keeps_what_is_put_there_and_nothing_else_changes():
-    buffer = ebm.Buffer(50, (2, 4, 4), gen())
+    buffer = some_chains(50, 2, 4, 4)
     remember(buffer, [float(i) for i in range(1, 101)])
     due = buffer.chains.clone()
-    slots, _ = buffer.draw(20, 0.0, gen(1))
-    x = rand(20, 2, 4, 4, seed=5)
-    due[slots] = ebm.quantise(x)
+    slots, _ = buffer.draw(torch.zeros(20, 2, 4, 4), 0.0, gen(1))
+    x = 1.5 * randn(20, 2, 4, 4, seed=5)  # beyond [-1, 1], too
+    due[slots] = x.half()
     buffer.put(slots, x, torch.tensor(0.7), YES)
     assert torch.equal(buffer.chains, due)
-    assert buffer.chains.dtype == torch.uint8
+    assert (due[slots].float() - x).abs().max() < 2e-3
     gaps = sorted_gaps(buffer)
     for value in 0.9, math.nan:
         wild = torch.full_like(x, math.nan)
@@ -580,7 +634,7 @@ def test_buffer_keeps_what_is_put_there_and_nothing_else_changes():
 
 
 def test_buffer_keeps_the_last_hundred_gaps_of_good_steps():
-    buffer = ebm.Buffer(3, (1,), gen())
+    buffer = some_chains(3, 1)
     assert sorted_gaps(buffer).tolist() == [0.0] * 100
     remember(buffer, [5.0])
     assert sorted_gaps(buffer).tolist() == [0.0] * 99 + [5.0]
@@ -588,64 +642,84 @@ def test_buffer_keeps_the_last_hundred_gaps_of_good_steps():
     assert sorted_gaps(buffer).tolist() == list(range(150, 250))
 
 
-@pytest.mark.parametrize("fresh", [0.0, 0.05, 0.5, 1.0])
-def test_a_binomial_share_of_the_chains_starts_anew_in_uniform_noise(fresh):
-    buffer = ebm.Buffer(4000, (1, 2, 2), gen())
+@pytest.mark.parametrize("fresh", [0.0, 0.05, 0.5])
+def test_a_binomial_share_of_the_chains_starts_anew_in_noise_and_in_smooth_images(fresh):
+    buffer = ebm.Buffer(rand_bytes(4000, 1, 2, 2))
     buffer.chains.fill_(7)
+    others = torch.full((1000, 1, 2, 2), -3.0)
     g = gen(1)
-    anew = []
+    noise, smooth = [], []
     for _ in range(10):
-        _, x = buffer.draw(1000, fresh, g)
-        differs = (ebm.quantise(x) != 7).flatten(1)
-        assert (differs.any(1) == (differs.sum(1) > 2)).all()  # all pixels or none, but for chance
-        anew.append(differs.any(1).sum().item())
+        _, x = buffer.draw(others, fresh, g)
+        is_smooth = (x == -3).flatten(1).all(1)
+        is_old = (x == 7).flatten(1).all(1)
+        assert not ((x == 7) | (x == -3)).flatten(1).any(1)[~is_smooth & ~is_old].any()
+        smooth.append(is_smooth.sum().item())
+        noise.append((~is_smooth & ~is_old).sum().item())
     sigma = math.sqrt(1000 * fresh * (1 - fresh))
-    assert abs(sum(anew) - 10_000 * fresh) <= 4 * math.sqrt(10) * sigma
-    spread = torch.tensor(anew).float().std()
-    assert 0.4 * sigma <= spread <= 2 * sigma  # by chance, not so many each time, not all or none
-    if fresh == 1:
-        assert x.mean().item() == pytest.approx(0.5, abs=0.02)
-        assert x.std().item() == pytest.approx(1 / math.sqrt(12), abs=0.01)
+    for counts in noise, smooth:
+        assert abs(sum(counts) - 10_000 * fresh) <= 4 * math.sqrt(10) * sigma
+        spread = torch.tensor(counts).float().std()
+        assert 0.4 * sigma <= spread <= 2 * sigma  # by chance, not so many each time, or all
+    if fresh == 0.5:
+        new = x[~is_smooth]
+        assert new.mean().item() == pytest.approx(0, abs=0.1)
+        assert new.std().item() == pytest.approx(1, abs=0.1)
     assert (buffer.chains == 7).all()  # until they are written back
 
 
-def test_a_fresh_buffer_is_uniform_and_its_state_can_be_kept():
-    buffer = ebm.Buffer(300, (3, 8, 8), gen())
-    assert buffer.chains.dtype == torch.uint8
-    assert (buffer.chains.flatten().bincount(minlength=256) > 100).all()
+def test_the_state_of_a_buffer_can_be_kept():
+    buffer = some_chains(300, 3, 8, 8)
     remember(buffer, [3.0, 4.0])
-    other = ebm.Buffer(300, (3, 8, 8), gen(1))
+    other = ebm.Buffer(rand_bytes(300, 3, 8, 8, seed=4))
     other.load_state_dict(buffer.state_dict())
     assert torch.equal(sorted_gaps(other), sorted_gaps(buffer))
-    for ours, theirs in zip(buffer.draw(9, 0.3, gen(2)), other.draw(9, 0.3, gen(2)), strict=True):
+    smooth = rand(9, 3, 8, 8)
+    for ours, theirs in zip(
+        buffer.draw(smooth, 0.3, gen(2)), other.draw(smooth, 0.3, gen(2)), strict=True
+    ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (2, 12, 20)])
+def test_coarse_images_are_few_flat_fields_of_their_mean_colours(shape):
+    x = rand(400, *shape)
+    y = ebm.coarsen(x, gen())
+    assert y.shape == x.shape
+    flat = (y == y[..., :1, :1]).flatten(1).all(1)
+    assert flat.float().mean().item() == pytest.approx(0.25, abs=0.07)
+    assert torch.allclose(y[flat][..., 0, 0], x[flat].mean((2, 3)), atol=1e-5)
+    fields = torch.tensor([len(image[0].unique()) for image in y])
+    assert set(fields.tolist()) <= {1, 4, 16, 63, 64}  # of random colours two may be alike
+    assert len(fields.unique()) >= 4
 
 
 # ---------------------------------------------------------------------------------- training step
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("with_buffer", [False, True])
+@pytest.mark.parametrize("stage", ebm.STAGES)
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 64), (2, 12, 20)])
-def test_images_of_any_channels_and_size_train_and_can_be_drawn(shape, with_buffer, amp):
+def test_images_of_any_channels_and_size_train_and_can_be_drawn(shape, stage, amp):
     torch.manual_seed(0)
     net = ebm.EnergyNet(width=4, mults=(1, 2, 2), blocks=1, channels=shape[0], amp=amp)
     images = rand_bytes(4, *shape)
-    x = rand(4, *shape)
-    assert (net(x) == net(x)[0]).all()  # flat at first
+    z = randn(4, *shape)
+    assert not net(z).any()  # flat at first
     settings = ebm.Settings(steps=2)
-    buffer = ebm.Buffer(6, shape) if with_buffer else None
+    buffer = some_chains(6, *shape) if stage == "chains" else None
     for _ in range(2):
-        terms = ebm.training_step(net, [adam(net)], images, settings, buffer)
+        ebm.training_step(net, [adam(net)], images, settings, "residual")
+        terms = ebm.training_step(net, [adam(net)], images, settings, stage, buffer)
         assert terms["skipped"] == 0
         assert all(value.shape == () and value.isfinite() for value in terms.values())
         assert not any(value.requires_grad for value in terms.values())
-    assert len(net(x).unique()) == 4
+    assert len(net(z).unique()) == 4
     assert all(p.isfinite().all() and p.requires_grad for p in net.parameters())
-    drawn = ebm.draw(net, x, 3, settings, settings.d())
-    assert drawn.shape == x.shape
-    assert ((drawn >= 0) & (drawn <= 1)).all()
-    assert not torch.equal(drawn, x)
+    drawn = ebm.draw(net, z, settings, 3)
+    assert drawn.shape == z.shape
+    assert (drawn.abs() <= 1).all()
+    assert not torch.equal(drawn, z.clamp(-1, 1))
 
 
 @pytest.mark.parametrize("shape, said", [((30, 32), "30x32"), ((32, 30), "32x30")])
@@ -655,58 +729,58 @@ def test_a_size_that_cannot_be_halved_often_enough_is_a_clear_error(shape, said)
     with pytest.raises(ValueError, match=f"{said} pixels cannot be halved 2 times"):
         net(rand(2, 3, *shape))
     with pytest.raises(ValueError, match=said):
-        ebm.training_step(net, [adam(net)], rand_bytes(2, 3, *shape), ebm.Settings())
+        images = rand_bytes(2, 3, *shape)
+        ebm.training_step(net, [adam(net)], images, ebm.Settings(), "slope")
     assert same(before, state(net))
     assert network(mults=(1, 2))(rand(2, 3, *shape)).shape == (2,)
 
 
 def test_a_training_step_with_chains_is_as_written(monkeypatch):
-    """One step of SGD down gap + penalty + 0.1 score, of the data and chains that it has used."""
+    """One step of SGD down match + weight gap, of the data and chains that it has used."""
     net = network()
     twin = copy.deepcopy(net)
     net(rand(2, 3, 8, 8)).sum().backward()  # gradients of before do not count
-    settings = ebm.Settings(
-        steps=3, step_size=0.5, noise=0.2, clamp=0.02, smooth=0.2, fresh=0.0, penalty=0.7
-    )  # with a d of 1, so that each part of the loss counts
+    settings = ebm.Settings(steps=3, step_size=0.2, smooth=0.2, fresh=0.0, weight=50.0)
     g = gen()
     divergence = Calls(monkeypatch, "contrastive_divergence", g)
-    matching = Calls(monkeypatch, "denoising_score_matching", g)
+    matching = Calls(monkeypatch, "match_loss", g)
     walk = Calls(monkeypatch, "langevin", g)
-    buffer = ebm.Buffer(20, (3, 8, 8), gen(1))
+    buffer = some_chains(20, 3, 8, 8)
     due_chains = buffer.chains.clone()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    terms = ebm.training_step(net, [optimizer], rand_bytes(6, 3, 8, 8), settings, buffer, g)
+    images = rand_bytes(6, 3, 8, 8)
+    terms = ebm.training_step(net, [optimizer], images, settings, "chains", buffer, g)
 
     # The chains go on from those of the buffer, which gets their ends.
     (walked,) = walk.arguments
     g.set_state(walk.random[0])
-    ends, seen = settings.walk(twin, walked["x"], 3, g)
+    ends, e_start = settings.walk(twin, walked["x"], 3, g)
     (diverged,) = divergence.arguments
     assert torch.allclose(diverged["chains"], ends, atol=1e-5)
-    starts = ebm.quantise(walked["x"])
-    slots = [(due_chains == x).flatten(1).all(1).nonzero().item() for x in starts]
-    due_chains[slots] = ebm.quantise(diverged["chains"])
+    slots = [(due_chains == x.half()).flatten(1).all(1).nonzero().item() for x in walked["x"]]
+    due_chains[slots] = diverged["chains"].half()
     assert torch.equal(buffer.chains, due_chains)
 
-    gap, penalty, e_data, e_chains = divergence.real(twin, diverged["data"], ends, 0.7)
+    unit = 0.2**2 * 3 * 8 * 8
+    assert diverged["unit"] == pytest.approx(unit)
+    gap, e_data, e_chains = divergence.real(twin, diverged["data"], ends, unit)
     (matched,) = matching.arguments
     g.set_state(matching.random[0])
-    score = matching.real(twin, matched["x"], matched["sigma"], settings.d(), g)
-    loss = gap + penalty + 0.1 * score
+    match = matching.real(twin, matched["x"], settings, "chains", g)
+    loss = match + 50.0 * gap
     loss.backward()
-    assert nn.utils.clip_grad_norm_(twin.parameters(), 0.5) > 0.5
+    assert nn.utils.clip_grad_norm_(twin.parameters(), 1.0) > 1
     torch.optim.SGD(twin.parameters(), 0.1).step()
-    twin.project()
     after = state(net)
     for name, value in state(twin).items():
         assert torch.allclose(after[name], value, atol=1e-5), name
 
-    due = {"E data": e_data.mean(), "E chains": e_chains.mean(), **seen}
-    due.update({"gap": gap, "penalty": penalty, "score": score, "train loss": loss})
-    due["saturated"] = ((ends == 0) | (ends == 1)).float().mean()
-    data = diverged["data"]
-    due["data saturated"] = ((data == 0) | (data == 1)).float().mean()
-    due["skipped"] = torch.tensor(0.0)
+    due = {
+        "E data": e_data.mean(),
+        "E chains": e_chains.median(),
+        "E start": e_start.median() / unit,
+    }
+    due.update({"gap": gap, "match": match, "train loss": loss, "skipped": torch.tensor(0.0)})
     assert terms.keys() == due.keys()
     for name, value in due.items():
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
@@ -715,83 +789,77 @@ def test_a_training_step_with_chains_is_as_written(monkeypatch):
     assert torch.equal(remembered, terms["gap"][None])
 
 
-def test_data_get_noise_as_chains_have_and_score_matching_has_them_clean(monkeypatch):
+def test_data_get_noise_as_chains_have_and_paths_begin_at_clean_ones(monkeypatch):
     divergence = Calls(monkeypatch, "contrastive_divergence")
-    matching = Calls(monkeypatch, "denoising_score_matching")
+    matching = Calls(monkeypatch, "match_loss")
     settings = ebm.Settings(steps=1, smooth=0.1)
     net = network(channels=1)
-    buffer = ebm.Buffer(600, (1, 4, 4), gen())
     grey = torch.full((600, 1, 4, 4), 128, dtype=torch.uint8)
-    ebm.training_step(net, [adam(net)], grey, settings, buffer, gen(1))
+    ebm.training_step(net, [adam(net)], grey, settings, "chains", some_chains(600, 1, 4, 4), gen(1))
     data = divergence.arguments[0]["data"]
-    assert data.mean().item() == pytest.approx(128.5 / 256, abs=0.005)
+    assert data.mean().item() == pytest.approx(128.5 / 128 - 1, abs=0.005)
     assert data.std().item() == pytest.approx(0.1, rel=0.03)
-
-    matched = matching.arguments[0]
-    assert torch.equal(ebm.quantise(matched["x"]), grey)
-    assert matched["d"] == settings.d()
-    sigma = matched["sigma"]
-    assert sigma.shape == (600, 1, 1, 1)  # one an image
-    place = sigma.log() / math.log(0.1)  # uniform in [0, 1]
-    quantiles = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    assert torch.allclose(place.flatten().quantile(quantiles), quantiles, atol=0.08)
-    assert place.min() >= 0
-    assert place.max() <= 1
-
-    terms = ebm.training_step(net, [adam(net)], torch.zeros_like(grey), settings, buffer, gen(1))
-    black = divergence.arguments[1]["data"]
-    assert black.min() == 0  # in the box, as chains are
-    assert terms["data saturated"].item() == pytest.approx(0.49, abs=0.03)
+    assert torch.equal(ebm.quantise(matching.arguments[0]["x"]), grey)
 
 
 def test_a_share_of_the_chains_starts_anew_in_a_training_step(monkeypatch):
+    """As many in noise as in smooth images, which have the noise that data have."""
     walk = Calls(monkeypatch, "langevin")
     net = network(channels=1)
-    buffer = ebm.Buffer(600, (1, 4, 4), gen())
+    buffer = some_chains(600, 1, 4, 4)
     buffer.chains.fill_(7)
-    settings = ebm.Settings(steps=1, fresh=0.3)
-    ebm.training_step(net, [adam(net)], rand_bytes(600, 1, 4, 4), settings, buffer, gen(1))
-    anew = (ebm.quantise(walk.arguments[0]["x"]) != 7).flatten(1).any(1)
-    assert anew.float().mean().item() == pytest.approx(0.3, abs=0.08)
+    settings = ebm.Settings(steps=1, fresh=0.3, smooth=0.01)
+    black = torch.zeros(600, 1, 4, 4, dtype=torch.uint8)
+    ebm.training_step(net, [adam(net)], black, settings, "chains", buffer, gen(1))
+    x = walk.arguments[0]["x"]
+    old = (x == 7).flatten(1).all(1)
+    smooth = ((x + 1).abs() < 0.1).flatten(1).all(1)
+    for share, due in ((old, 0.4), (smooth, 0.3), (~old & ~smooth, 0.3)):
+        assert share.float().mean().item() == pytest.approx(due, abs=0.08)
+    assert (x[smooth] + 1 - 1 / 256).std().item() == pytest.approx(0.01, rel=0.2)
+    assert x[~old & ~smooth].std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_without_a_buffer_there_are_no_chains(monkeypatch):
+@pytest.mark.parametrize("stage", ["residual", "slope"])
+def test_before_their_stage_there_are_no_chains(monkeypatch, stage):
     walk = Calls(monkeypatch, "langevin")
     divergence = Calls(monkeypatch, "contrastive_divergence")
-    matching = Calls(monkeypatch, "denoising_score_matching")
+    matching = Calls(monkeypatch, "match_loss")
     net = network()
     before = weights(net)
     images = rand_bytes(4, 3, 8, 8)
-    terms = ebm.training_step(net, [adam(net)], images, ebm.Settings(), None, gen(1))
-    assert walk.arguments == divergence.arguments == []
-    assert len(matching.arguments) == 1
-    assert set(terms) == {"score", "data saturated", "train loss", "skipped"}
-    assert terms["train loss"].item() == pytest.approx(0.1 * terms["score"].item())
-    assert terms["skipped"] == 0
-    assert len(idle(net)) == 1
-    assert not same(before, weights(net))
 
     def step(*arguments):
         raise AssertionError
 
     monkeypatch.setattr(ebm, "energy_and_gradient", step)
-    ebm.training_step(net, [adam(net)], images, ebm.Settings(), None, gen(1))
+    buffer = some_chains(6, 3, 8, 8)
+    terms = ebm.training_step(net, [adam(net)], images, ebm.Settings(), stage, buffer, gen(1))
+    assert walk.arguments == divergence.arguments == []
+    assert len(matching.arguments) == 1
+    assert set(terms) == {"match", "train loss", "skipped"}
+    assert terms["train loss"].item() == terms["match"].item()
+    assert terms["skipped"] == 0
+    assert idle(net) == []
+    assert not same(before, weights(net))
 
 
-def test_score_matching_alone_learns_to_take_noise_off():
+@pytest.mark.parametrize("stage", ["residual", "slope"])
+def test_the_slope_learns_to_take_noise_off(stage):
     """In a few steps, of images that are all grey: mean((denoise(y) - x)^2) against that of y."""
     torch.manual_seed(0)
     net = ebm.EnergyNet(width=8, mults=(1, 2), blocks=1, channels=1)
     settings = ebm.Settings()
     grey = torch.full((16, 1, 8, 8), 128, dtype=torch.uint8)
     optimizer = adam(net, 3e-3)
-    for _ in range(150):
-        terms = ebm.training_step(net, [optimizer], grey, settings, None, gen(1))
+    for step in range(200):
+        now = "residual" if step < 100 else stage
+        terms = ebm.training_step(net, [optimizer], grey, settings, now, None, gen(step))
     x = ebm.dequantise(grey, gen(2))
-    y = x + 0.3 * randn(*x.shape, seed=3)
-    error = (ebm.denoise(net, y, settings.d()) - x).square().mean()
-    assert error < 0.1 * 0.3**2
-    assert terms["score"] < 0.5
+    y = x + 0.2 * randn(*x.shape, seed=3)
+    error = (ebm.denoise(net, y) - x).square().mean()
+    assert error < 0.3 * 0.2**2
+    assert terms["match"] < 0.5
 
 
 # ------------------------------------------------------------------------------------- bad steps
@@ -801,21 +869,21 @@ def test_score_matching_alone_learns_to_take_noise_off():
     "gap, norm, median, good",
     [
         (0.1, 1.0, 0.0, True),
-        (-0.9, 1.0, 0.0, True),
-        (1.1, 1.0, 0.0, False),
-        (-1.1, 1.0, 0.1, False),
-        (4.9, 1.0, 1.0, True),
-        (-4.9, 1.0, 1.0, True),
-        (5.1, 1.0, 1.0, False),
-        (-5.1, 1.0, 1.0, False),
+        (-9.0, 1.0, 0.0, True),
+        (11.0, 1.0, 0.0, False),
+        (-11.0, 1.0, 1.0, False),
+        (49.0, 1.0, 10.0, True),
+        (-49.0, 1.0, 10.0, True),
+        (51.0, 1.0, 10.0, False),
+        (-51.0, 1.0, 10.0, False),
         (math.nan, 1.0, 0.0, False),
         (0.1, math.nan, 0.0, False),
         (0.1, math.inf, 0.0, False),
-        (-math.inf, 1.0, 9.0, False),
+        (-math.inf, 1.0, 90.0, False),
     ],
 )
 def test_a_good_step_is_finite_and_its_gap_is_not_wild(gap, norm, median, good):
-    recent = torch.tensor([0.0] * 10 + [median, -median] * 25 + [100.0, -100.0] * 20)
+    recent = torch.tensor([0.0] * 10 + [median, -median] * 25 + [1000.0, -1000.0] * 20)
     energy = Gaussian(1.0, 0.5)
     energy.c.grad = torch.tensor(2.0 if good else math.nan)
     found = ebm.cancel_bad_step(energy, torch.tensor(gap), torch.tensor(norm), recent)
@@ -827,12 +895,12 @@ def test_a_good_step_is_finite_and_its_gap_is_not_wild(gap, norm, median, good):
 
 
 class Spoiled(ebm.EnergyNet):
-    """Its energy is `factor` times what it should be."""
+    """Its residual is `factor` times what it should be."""
 
     factor = 1.0
 
-    def forward(self, x):
-        return self.factor * super().forward(x)
+    def residual(self, x):
+        return self.factor * super().residual(x)
 
 
 def spoil(monkeypatch, function, net, value):
@@ -853,16 +921,13 @@ def spoil(monkeypatch, function, net, value):
 
 
 def small_step(with_buffer=True):
-    """(net, optimizers, images, settings, buffer, generator), after two good steps.
-
-    Convolutions have no singular value near 1, so that projection cannot change them.
-    """
+    """(net, optimizers, images, settings, stage, buffer, generator), after two good steps."""
     net = network(kind=Spoiled)
-    for layer in layers(net, nn.Conv2d):
-        layer.weight.data *= 0.5
-    buffer = ebm.Buffer(9, (3, 8, 8), gen()) if with_buffer else None
+    buffer = some_chains(9, 3, 8, 8) if with_buffer else None
     optimizers = ebm.make_optimizers(net)
-    parts = net, optimizers, rand_bytes(4, 3, 8, 8), ebm.Settings(steps=2), buffer, gen(1)
+    stage = "chains" if with_buffer else "slope"
+    settings = ebm.Settings(steps=2, smooth=0.5)
+    parts = net, optimizers, rand_bytes(4, 3, 8, 8), settings, stage, buffer, gen(1)
     for _ in range(2):
         assert ebm.training_step(*parts)["skipped"] == 0
     return parts
@@ -875,10 +940,10 @@ BAD = [
     ("contrastive_divergence", math.nan),
     ("contrastive_divergence", math.inf),
     ("contrastive_divergence", -math.inf),
-    ("contrastive_divergence", 30.0),
-    ("contrastive_divergence", -30.0),
-    ("denoising_score_matching", math.nan),
-    ("denoising_score_matching", math.inf),
+    ("contrastive_divergence", 300.0),
+    ("contrastive_divergence", -300.0),
+    ("match_loss", math.nan),
+    ("match_loss", math.inf),
 ]
 
 
@@ -887,7 +952,7 @@ def test_a_bad_step_leaves_weights_chains_and_recent_gaps_as_they_were(
     monkeypatch, function, value
 ):
     parts = small_step()
-    net, buffer = parts[0], parts[4]
+    net, buffer = parts[0], parts[5]
     with monkeypatch.context() as patch:
         spoil(patch, function, net, value)
         before, chains, gaps = weights(net), buffer.chains.clone(), sorted_gaps(buffer)
@@ -926,7 +991,7 @@ def test_a_bad_step_without_a_buffer_leaves_the_weights_as_they_were(monkeypatch
 
 def test_a_gap_like_the_recent_ones_is_not_wild(monkeypatch):
     parts = small_step()
-    buffer = parts[4]
+    buffer = parts[5]
     spoil(monkeypatch, "contrastive_divergence", parts[0], 30.0)
     assert ebm.training_step(*parts)["skipped"] == 1
     remember(buffer, [-20.0] * 60)
@@ -967,7 +1032,7 @@ class Watched(ebm.GuardedRun):
 
 def trouble_after(tmp_path, steps, net=None):
     """What trouble there is after an epoch with these terms of its steps."""
-    terms = {"data saturated": 0.1, "skipped": 0}  # as without chains
+    terms = {"skipped": 0}  # as without chains
     args = SimpleNamespace(
         out=tmp_path, batch_size=1, epochs=1, seed=0, device="cpu", amp=False, time_limit=None
     )
@@ -985,14 +1050,10 @@ def trouble_after(tmp_path, steps, net=None):
     "changed, named",
     [
         ({}, ""),
-        ({"E data": -10.1}, "energ"),
-        ({"E data": 9.9}, ""),
-        ({"E chains": 11.0}, "energ"),
-        ({"E chains": -9.9}, ""),
-        ({"saturated": 0.56}, "black"),
-        ({"saturated": 0.54}, ""),
-        ({"saturated": 0.79, "data saturated": 0.6}, ""),
-        ({"saturated": 0.81, "data saturated": 0.6}, "black"),
+        ({"E data": 101.0}, "energ"),
+        ({"E data": 99.0}, ""),
+        ({"E chains": 110.0}, "energ"),
+        ({"E chains": 99.0}, ""),
     ],
 )
 def test_what_counts_as_trouble_in_the_last_step(tmp_path, changed, named):
@@ -1024,94 +1085,17 @@ def test_weights_that_are_not_finite_are_trouble(tmp_path, value):
     assert "not finite" in trouble_after(tmp_path, [{}], net)
 
 
-@pytest.mark.parametrize("with_buffer", [False, True])
-def test_a_healthy_step_is_no_trouble(tmp_path, with_buffer):
+@pytest.mark.parametrize("stage", ebm.STAGES)
+def test_a_healthy_step_is_no_trouble(tmp_path, stage):
     net = network()
-    for layer in layers(net, nn.Linear):
-        nn.init.zeros_(layer.weight)  # a flat energy, as at first
-    buffer = ebm.Buffer(9, (3, 8, 8), gen()) if with_buffer else None
+    nn.init.zeros_(net.out.weight)  # a flat energy, as at first
     images = rand_bytes(4, 3, 8, 8)
-    terms = ebm.training_step(net, [adam(net)], images, ebm.Settings(steps=2), buffer, gen(1))
+    settings, buffer = ebm.Settings(steps=2), some_chains(9, 3, 8, 8)
+    terms = ebm.training_step(net, [adam(net)], images, settings, stage, buffer, gen(1))
     assert trouble_after(tmp_path, [terms], net) == ""
 
 
-def test_centring_makes_the_mean_energy_of_data_zero():
-    """Of data with their noise and within [0, 1], not of clean ones or others."""
-    net = network(channels=1)
-    images = torch.zeros(200, 1, 8, 8, dtype=torch.uint8)
-    clean = ebm.dequantise(images, gen(1))
-    noisy = clean + 0.1 * randn(*clean.shape, seed=2)
-
-    def mean_energy(x):
-        with torch.no_grad():
-            return net(x).mean().item()
-
-    before = mean_energy(clean)
-    _, grad = ebm.energy_and_gradient(net, clean)
-    ebm.centre_energy(net, images, ebm.Settings(smooth=0.1), gen(3))
-    assert abs(before) > 0.1
-    assert abs(mean_energy(noisy.clamp(0, 1))) < 0.003
-    assert abs(mean_energy(noisy)) > 0.01
-    assert abs(mean_energy(clean)) > 0.01
-    assert torch.equal(ebm.energy_and_gradient(net, clean)[1], grad)
-    assert all(p.requires_grad for p in net.parameters())
-
-
 # ---------------------------------------------------------------------------------------- network
-
-
-def stretches(net):
-    """The largest singular value of each convolution."""
-    values = []
-    for layer in layers(net, nn.Conv2d):
-        matrix = layer.weight.detach().flatten(1).double()
-        values.append(torch.linalg.matrix_norm(matrix, 2))
-    return torch.stack(values)
-
-
-def test_projection_keeps_the_largest_singular_value_of_each_convolution_at_one():
-    net = network(width=16, mults=(1, 2, 2), blocks=2)
-    assert len(stretches(net)) == 1 + 2 * 6 + 1  # stem, blocks and a skip
-    assert stretches(net).min() > 0.5
-    assert stretches(net).max() < 1.05  # as it starts
-    g = gen()
-    with torch.no_grad():
-        for _ in range(200):  # as in training: one iteration after each small change
-            for p in net.parameters():
-                p += 0.003 * torch.randn(p.shape, generator=g)
-            net.project()
-    assert stretches(net).max() < 1.03
-    assert stretches(net).min() > 0.95  # they would be far above 1
-
-
-def test_projection_leaves_smaller_singular_values_alone():
-    net = network(width=16, mults=(1, 2, 2), blocks=2)
-    for layer in layers(net, nn.Conv2d):
-        layer.weight.data *= 0.5
-    before = weights(net)
-    net.project()
-    assert same(before, weights(net))
-
-
-def test_projection_scales_a_layer_as_a_whole():
-    net = network()
-    layer = layers(net, nn.Conv2d)[1]
-    before = layer.weight.detach().clone()
-    largest = stretches(net)[1]
-    layer.weight.data *= 7
-    net.project(iterations=100)
-    assert torch.allclose(layer.weight, before / largest, atol=1e-5)
-    assert layer.weight.requires_grad
-
-
-def test_the_state_of_the_power_iteration_is_kept_with_the_weights():
-    nets = network(0), network(1)
-    nets[1].load_state_dict(nets[0].state_dict())
-    for net in nets:
-        for layer in layers(net, nn.Conv2d):
-            layer.weight.data += 0.1 * randn(*layer.weight.shape, seed=3)
-        net.project()
-    assert same(state(nets[0]), state(nets[1]))
 
 
 def test_gradient_of_the_energy_is_that_of_finite_differences():
@@ -1124,24 +1108,30 @@ def test_gradient_of_the_energy_is_that_of_finite_differences():
     assert torch.allclose((grad * v).flatten(1).sum(1), slope, rtol=1e-5)
 
 
-def test_every_layer_and_every_mean_matters():
-    net = network(mults=(1, 2, 2))
-    energies = net(rand(2, 3, 16, 16))
-    (energies * torch.tensor([1.0, -2.0])).sum().backward()
-    assert idle(net) == []
-    (head,) = layers(net, nn.Linear)
-    assert head.weight.grad.all()
-    assert head.weight.numel() == 2 * (8 + 16 + 16)  # of two functions, at each resolution
-
-
-def test_far_out_the_energy_grows_as_the_square_of_noise_does():
+def test_energy_is_half_the_square_of_the_residual():
     net = network()
-    z = rand(3, 3, 16, 16) - 0.5
-    ratio = net(0.5 + 2e4 * z) / net(0.5 + 1e4 * z)
-    assert torch.allclose(ratio, torch.full_like(ratio, 4), rtol=0.01)
+    x = randn(3, 3, 8, 8)
+    assert torch.allclose(net(x), net.residual(x).square().sum((1, 2, 3)) / 2)
+    assert net.residual(x).shape == x.shape
+    assert net(x).shape == (3,)
 
 
-def test_bf16_stays_between_stem_and_means():
+def test_every_layer_matters():
+    net = network(mults=(1, 2, 2), blocks=2)
+    (net(randn(2, 3, 16, 16)) * torch.tensor([1.0, -2.0])).sum().backward()
+    assert idle(net) == []
+
+
+def test_far_pixels_see_each_other():
+    net = network(mults=(1, 2, 2, 2)).double()
+    x = randn(1, 3, 32, 32, dtype=torch.float64)
+    moved = x.clone()
+    moved[..., 0, 0] += 1
+    change = (net.residual(moved) - net.residual(x)).abs().sum(1)
+    assert change[0, 14, 14] > 0
+
+
+def test_bf16_stays_between_stem_and_output():
     fine = network()
     rough = network(amp=True)
     x = rand(4, 3, 16, 16)
@@ -1150,23 +1140,20 @@ def test_bf16_stays_between_stem_and_means():
     def look(layer, inputs, output):
         seen.append((inputs[0], output))
 
-    for layer in layers(rough, (nn.Conv2d, nn.Linear)):
+    for layer in layers(rough, nn.Conv2d):
         layer.register_forward_hook(look)
     e = rough(x)
-    stem, *blocks, head = seen  # in the order of their use
-    assert {tensor.dtype for tensor in stem + head} == {torch.float32}
+    stem, *blocks, out = seen  # in the order of their use
+    assert {tensor.dtype for tensor in stem + out} == {torch.float32}
     assert {output.dtype for _, output in blocks} == {torch.bfloat16}
-    assert len(blocks) == 5
-    means = head[0]
-    assert (means != means.bfloat16()).any(0).all()  # not rounded either
     assert e.dtype == torch.float32
     assert not torch.equal(e, fine(x))
-    assert (e - fine(x)).abs().max() < 0.01
+    assert ((e - fine(x)) / fine(x)).abs().max() < 0.05
 
 
 def test_size_of_the_network():
     count = sum(p.numel() for p in ebm.EnergyNet().parameters())
-    assert 4.5e6 < count < 6e6
+    assert 12e6 < count < 14e6
     for mults in (1,), (1, 2, 1, 1, 1, 1):
         assert network(mults=mults)(rand(2, 3, 32, 32)).shape == (2,)
 
@@ -1215,23 +1202,32 @@ def test_outliers_are_what_they_are_called(shape):
 
 
 def test_inpainting_keeps_the_known_and_samples_the_rest_given_it():
-    """Two correlated pixels: E = c / 2 (x^2 + y^2 - 2 r x y) / (1 - r^2), about .5."""
-    c, r, a = 1.0, 0.8, 0.02
-    s = 0.02 * math.sqrt(0.04)
+    """Two correlated pixels: E = c / 2 (x^2 + y^2 - 2 r x y) / (1 - r^2)."""
+    c, r, t = 0.2, 0.8, 0.01
 
     def energy(x):
-        x, y = (x - 0.5).unbind(1)
+        x, y = x.unbind(1)
         return c / 2 * (x**2 + y**2 - 2 * r * x * y) / (1 - r**2)
 
-    truth = torch.tensor([[0.53, 9.0]]).expand(4000, 2)
+    truth = torch.tensor([[0.5, 9.0]]).expand(4000, 2)
     known = torch.tensor([True, False])
 
-    def keep_known(x):
+    def exactly(x, s):
         return torch.where(known, truth, x)
 
-    start = keep_known(rand(4000, 2))
-    x, _ = ebm.langevin(energy, start, 600, a, s, generator=gen(), constrain=keep_known)
-    t = s**2 / (2 * a)
-    assert (x[:, 0] == truth[:, 0]).all()
-    assert x[:, 1].mean().item() == pytest.approx(0.5 + r * 0.03, abs=0.002)
+    start = exactly(randn(4000, 2), 1.0)
+    x, _ = ebm.langevin(energy, start, 400, 0.1, t, gen(), exactly)
+    assert (x[:, 0] == 0.5).all()
+    assert x[:, 1].mean().item() == pytest.approx(r * 0.5, abs=0.02)
     assert x[:, 1].std().item() == pytest.approx(math.sqrt(t / c * (1 - r**2)), rel=0.06)
+
+
+def test_known_pixels_are_as_noisy_as_the_path_is_there():
+    truth = torch.full((4000, 2), 0.8)
+    constrain = ebm.keep_known(truth, torch.tensor([True, False]), 0.06, gen())
+    for s in 0.9, 0.3, 0.03:
+        x = constrain(torch.full((4000, 2), 5.0), s)
+        due, _ = ebm.on_path(torch.tensor(0.8), torch.tensor(0.0), torch.tensor(s), 0.06)
+        assert (x[:, 1] == 5).all()
+        assert x[:, 0].mean().item() == pytest.approx(due.item(), abs=4 * s / 60)
+        assert x[:, 0].std().item() == pytest.approx(s, rel=0.05)

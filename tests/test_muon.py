@@ -19,7 +19,7 @@ NETWORKS = {
 ENDS = {
     "ncsn": r"^(stem|out|embed)",
     "nvae": r"^stem.0$|^out.\d+$|prior|posterior|flows|gate",
-    "ebm": r"^(stem|head)",
+    "ebm": r"^(stem|out)",
 }
 
 
@@ -156,7 +156,7 @@ def test_each_weight_has_one_optimizer_and_matrices_inside_have_muon(module):
         assert (id(layer.weight) in found[0]) == (not at_an_end and not depthwise), name
         assert layer.bias is None or id(layer.bias) in found[1]
     assert all(dict(net.named_parameters())[names[i]].dim() > 1 for i in found[0])
-    share = {"ncsn": 10, "nvae": 2, "ebm": 20}[module.NAME]
+    share = {"ncsn": 10, "nvae": 2, "ebm": 10}[module.NAME]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     assert rates == [0.5, 0.5 / share]
 

@@ -34,7 +34,7 @@ TIMES = {"seconds", "images/s"}
 PICTURES = {  # at the end of training
     "ncsn": {"stages.png", "nearest.png"},
     "nvae": {"reconstructions.png", "temperatures.png", "scales.png"},
-    "ebm": {"chains.png"},
+    "ebm": {"chains.png", "chains_before.png"},
 }
 ALL_USES = {
     "ncsn": "--generate 1 --inpaint --interpolate --evaluate --bits-images 3",
@@ -162,8 +162,13 @@ def test_flags_not_given_come_from_the_checkpoint(run):
     assert load("r")["args"] == {**args, "epochs": 3, "lr": 0.001, "sample_every": 9}
 
 
+def without_chains(run):
+    """Flags with which ebm.py has one schedule, and no pictures before the end of an epoch."""
+    return "--warm-up 1" if run.name == "ebm" else ""
+
+
 def test_the_learning_rate_warms_up_and_falls(run):
-    assert run.train("--epochs 7 --lr 0.01 --out r") == 0
+    assert run.train(f"--epochs 7 --lr 0.01 --out r {without_chains(run)}") == 0
     expected = [0.01 * (1 + math.cos(math.pi * k / 21)) / 2 for k in range(21)]
     assert run.rates == pytest.approx(expected)
 
@@ -254,7 +259,7 @@ def test_an_interruption_at_the_end_ends_it(run, monkeypatch, when):
     else:
         run.at[STEPS - 1] = interrupt
         monkeypatch.setattr(common, "save_grid", lambda *_, **__: pytest.fail("went on"))
-    assert run.train("--epochs 1 --out r") == 130
+    assert run.train(f"--epochs 1 --out r {without_chains(run)}") == 130
     assert load("r")["step"] == STEPS
     assert len(log("r")) == 1
     monkeypatch.undo()
@@ -463,8 +468,9 @@ def test_training_steps_read_nothing_back(run, monkeypatch):
         run.at[k] = begin
         if k % STEPS == STEPS - 1:
             run.after[k] = end
+    chains = "--residual 0 --warm-up 0" if run.name == "ebm" else ""  # drawn before they begin
     with reads:
-        assert run.train("--epochs 2 --out r") == 0
+        assert run.train(f"--epochs 2 --out r {chains}") == 0
     assert run.steps == 2 * STEPS
     assert not reads.found
     reads.counts = True
@@ -527,7 +533,6 @@ def test_a_bad_step_is_skipped_and_its_chains_are_not_kept(run, trained, monkeyp
     contrastive_divergence = run.module.contrastive_divergence
     before = load("r")
     run.at[0] = run.an_hour
-    monkeypatch.setattr(run.module.EnergyNet, "project", lambda *_, **__: None)
 
     def spoiled(*rest):
         gap, *others = contrastive_divergence(*rest)
@@ -564,7 +569,7 @@ def test_divergence_brings_back_the_last_state_and_half_the_rate(run, trained, c
     run.after.clear()
     assert run("--resume --out r") == 0
     assert load("r")["failures"] == 1
-    due = 0.5 * after["args"]["lr"] * run.module.warmup_cosine(9, 12)
+    due = 0.5 * 0.1 * after["args"]["lr"] * run.module.warmup_cosine(9 - 2, 12 - 2)  # chains
     assert run.rates[3] == pytest.approx(due)
     assert differences(before["net"], load("r")["net"]) != []  # and it goes on learning
 
@@ -594,41 +599,41 @@ def test_the_third_divergence_ends_with_one_clear_error(run, trained, dies):
 
 
 @only("ebm")
-def test_chains_begin_after_the_warm_up_and_energies_are_centred_in_it(run):
-    for share, due in (1, 0), (0.5, STEPS), (0, 2 * STEPS):
-        assert run.train(f"--epochs 2 --warm-up {share} --out r{due}") == 0
-        state = load(f"r{due}")
-        rows = log(f"r{due}")
-        assert ["gap" in row and row["gap"] != "" for row in rows] == [due == 6, due > 0]
-        assert all(float(row["score"]) for row in rows)
-        if due == 0:
-            assert abs(state["net"]["head.bias"]) < 1e-6  # the score does not move its level
+def test_stages_follow_each_other_and_the_rate_starts_anew_with_the_chains(run, monkeypatch):
+    stages = []
+    match_loss = run.module.match_loss
+
+    def watched_match_loss(net, x, settings, stage, generator):
+        stages.append(stage)
+        return match_loss(net, x, settings, stage, generator)
+
+    monkeypatch.setattr(run.module, "match_loss", watched_match_loss)
+    assert run.train("--epochs 3 --residual 0.3 --warm-up 0.6 --lr 0.5 --out r") == 0
+    assert stages == 2 * ["residual"] + 3 * ["slope"] + 4 * ["chains"]
+    factor = run.module.warmup_cosine
+    due = [0.5 * factor(step, 5) for step in range(5)]
+    due += [0.05 * factor(step, 4) for step in range(4)]
+    assert run.rates == pytest.approx(due)
+    rows = log("r")
+    assert [row["gap"] != "" for row in rows] == [False, True, True]
+    stages.clear()
+    assert run.train("--epochs 1 --residual 0 --warm-up 0 --out s") == 0
+    assert run.train("--epochs 1 --residual 1 --warm-up 1 --out t") == 0
+    assert run.train("--epochs 1 --residual 1 --warm-up 0 --out u") == 0
+    assert stages == 3 * ["chains"] + 6 * ["residual"]
 
 
 @only("ebm")
 def test_more_epochs_bring_no_second_warm_up(run):
     assert run.train("--epochs 2 --warm-up 0.5 --out r") == 0
     assert run("--resume --epochs 6 --out r") == 0
-    assert load("r")["warm_steps"] == STEPS
+    assert load("r")["chains_from"] == STEPS
     assert all(row["gap"] for row in log("r")[1:])
 
 
 @only("ebm")
-def test_d_belongs_to_the_weights(run, trained, dies, monkeypatch):
-    """Another step or noise than in training changes how chains walk, not what takes noise off."""
-    seen = []
-    denoise = run.module.denoise
-
-    def watched_denoise(energy, y, d):
-        seen.append(d)
-        return denoise(energy, y, d)
-
-    monkeypatch.setattr(run.module, "denoise", watched_denoise)
-    for flags in "", "--noise 0.01", "--step-size 5", "--smooth 0.1":
-        assert run(f"--generate 1 --out r {flags}") == 0
-    assert set(seen) == {load("r")["d"]}
-    for flags in "--noise 0.01", "--step-size 5", "--smooth 0.1":
-        assert flags.split()[0] in dies(run.main, f"--resume --epochs 3 --out r {flags}")
+def test_noise_of_training_cannot_be_changed(run, trained, dies):
+    assert "--smooth" in dies(run.main, "--resume --epochs 3 --out r --smooth 0.1")
 
 
 # ---- nvae.py's warm-up ----
