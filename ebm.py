@@ -244,10 +244,10 @@ def langevin(energy, x, steps, step_size, temperature, generator=None, constrain
     """Langevin dynamics from x (B, ...): x after `steps` steps, and its energies (B,) before.
 
     It samples exp(-E / temperature). Around an image E curves as 1 in most directions, as half a
-    squared distance does. A step turns the variance v of such a direction into (1 - h)^2 v + noise,
-    which leaves v = temperature as it is if the noise is h (2 - h) temperature: for small h the 2 h
-    temperature of the books. After each step x becomes
-    constrain(x, s), s being the root of the temperature.
+    squared distance does. A step of size h turns the variance v of such a direction into
+    (1 - h)^2 v plus that of the noise. With h (2 - h) temperature for the noise, v = temperature
+    stays as it is, whatever h; for small h this is the usual 2 h temperature. After each step x
+    becomes constrain(x, s), s being the root of the temperature.
     """
     noise = math.sqrt(step_size * (2 - step_size) * temperature)
     e_start = torch.zeros(len(x), device=x.device)
@@ -849,6 +849,12 @@ def start_buffer(args, images):
     return Buffer(images[torch.arange(count, device=images.device) % len(images)])
 
 
+def stage_starts(args, total):
+    """The steps at which the second and the third stage of a run of `total` steps begin."""
+    slope_from = int(args.residual * total)
+    return {"slope_from": slope_from, "chains_from": max(slope_from, int(args.warm_up * total))}
+
+
 def schedule(step, total, facts):
     """(stage, steps since its schedule began, steps that this takes, factor of the rate).
 
@@ -882,8 +888,7 @@ def train(args, checkpoint=None):
     data = f"{len(images)} images {fingerprint(images)}"
     facts = {"network": network, "shape": shape, "data": data, "failures": 0}
     run = GuardedRun(args, images, parts, facts, generator)
-    facts["slope_from"] = int(args.residual * run.total)
-    facts["chains_from"] = max(facts["slope_from"], int(args.warm_up * run.total))
+    facts.update(stage_starts(args, run.total))
     if checkpoint:
         run.restore(checkpoint)  # and the facts
     if args.compile:
