@@ -493,8 +493,8 @@ def bits_per_dim(score, x, levels, generator=None):
 # orthogonal and Muon are the same in nvae.py, ncsn.py and ebm.py.
 
 
-def orthogonal(matrix, iterations=5):
-    """U V^T, nearly, of a matrix U S V^T (rows, columns): singular values near 1 in place of S.
+def orthogonal(matrices, iterations=5):
+    """U V^T, nearly, of matrices U S V^T (N, rows, columns): singular values near 1 in place of S.
 
     The Newton-Schulz iteration is X <- P X with P = a I + b X X^T + c (X X^T)^2. It keeps U and V,
     and turns each singular value s into a s + b s^3 + c s^5. With the a, b, c of K. Jordan et al.
@@ -508,15 +508,15 @@ def orthogonal(matrix, iterations=5):
     a = 3.4445
     b = -4.7750
     c = 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
-    rows, columns = x.shape
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    _, rows, columns = x.shape
     if rows > columns:
         x = x.mT  # so that it is wide
     x_xt = x @ x.mT
-    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    product = identity
+    product = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(x_xt)
     for _ in range(iterations):
-        p = a * identity + b * x_xt + c * x_xt @ x_xt
+        p = torch.baddbmm(x_xt, x_xt, x_xt, beta=b, alpha=c)  # b X X^T + c (X X^T)^2
+        p.diagonal(dim1=1, dim2=2).add_(a)
         x_xt = p @ x_xt @ p
         product = p @ product
     x = product @ x
@@ -546,21 +546,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            by_shape = {}  # many small products are slower, above all on a GPU, than one of stacks
             for weight in group["params"]:
-                if weight.grad is None:  # frozen, or not used
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["average"] = torch.zeros_like(weight)
-                average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
-                # Nesterov's momentum: the average as it will be if the next gradient is like this.
-                ahead = weight.grad.lerp(average, group["momentum"])
-                change = orthogonal(ahead.flatten(1)) * weight.grad.any()  # times 1 or 0
-                # If there are more rows than columns, rows of U V^T have a length of only
-                # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
-                rows, columns = change.shape
-                rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                weight.sub_(change.view_as(weight), alpha=rate)
+                if weight.grad is not None:  # neither frozen nor left out
+                    by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():
+                self.step_together(weights, group["lr"], group["momentum"])
+
+    def step_together(self, weights, lr, momentum):
+        """A step of weights of the same shape."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["average"] = torch.zeros_like(weight)
+        averages = [self.state[weight]["average"] for weight in weights]
+        gradients = [weight.grad for weight in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        # Nesterov's momentum: the averages as they will be if the next gradients are like these.
+        ahead = torch._foreach_lerp(gradients, averages, momentum)
+        changes = orthogonal(torch.stack([matrix.flatten(1) for matrix in ahead]))
+        stays = torch.stack(torch._foreach_norm(gradients)) == 0
+        changes = changes.masked_fill(stays[:, None, None], 0)
+        # If there are more rows than columns, rows of U V^T have a length of only
+        # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
+        _, rows, columns = changes.shape
+        rate = lr * math.sqrt(max(1, rows / columns))
+        for weight, change in zip(weights, changes, strict=True):
+            weight.sub_(change.view_as(weight), alpha=rate)
 
 
 def set_rate(optimizers, lr):
@@ -925,7 +936,6 @@ def train(args, checkpoint=None):
         run.restore(checkpoint)
     if args.compile:
         net.F = torch.compile(net.F)
-        ema.F = torch.compile(ema.F)
 
     for epoch in run.epochs():
         for batch in run.batches(images):
@@ -1213,6 +1223,18 @@ def bf16_is_native(place):
     return False
 
 
+def choose_speed(args):
+    """Fill in --amp and --compile if they were not given, and let CUDA be quick."""
+    if args.amp is None:
+        args.amp = bf16_is_native(args.device)
+    cuda = args.device.type == "cuda"
+    if args.compile is None:  # its compiler, Triton, needs a GPU of capability 7
+        args.compile = cuda and torch.cuda.get_device_capability(args.device) >= (7, 0)
+    if cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16 anyway
+        torch.backends.cudnn.benchmark = True  # finds the quickest convolution for each shape
+
+
 def main(argv=None):
     """Train, or use trained weights, as the command line says."""
     if sys.version_info < (3, 10):  # noqa: UP036
@@ -1221,11 +1243,7 @@ def main(argv=None):
         if isinstance(stream, io.TextIOWrapper):  # lines at once, in any terminal's characters
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     args, checkpoint = parse(argv)
-    if args.amp is None:
-        args.amp = bf16_is_native(args.device)
-    if args.compile is None:  # its compiler, Triton, needs a GPU of capability 7
-        cuda = args.device.type == "cuda"
-        args.compile = cuda and torch.cuda.get_device_capability(args.device) >= (7, 0)
+    choose_speed(args)
     try:
         if any(getattr(args, use) for use in USES):
             use(args, checkpoint)

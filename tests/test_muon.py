@@ -51,7 +51,7 @@ def test_singular_values_come_near_1_and_directions_stay(module, rows, columns, 
     count = min(rows, columns)
     values = torch.logspace(-1.5, 0, count).tolist()
     u, s, v = with_singular_values(values, rows, columns)
-    x = module.orthogonal((size * u @ s.diag() @ v.T).float())
+    x = module.orthogonal((size * u @ s.diag() @ v.T).float()[None])[0]
     assert x.shape == (rows, columns)
     inside = u.T @ x.double() @ v  # a diagonal matrix, if U and V have stayed
     assert (inside - inside.diagonal().diag()).abs().max() < 1e-4
@@ -61,7 +61,7 @@ def test_singular_values_come_near_1_and_directions_stay(module, rows, columns, 
 
 
 def test_orthogonal_of_nothing_is_nothing(module):
-    assert module.orthogonal(torch.zeros(3, 4)).eq(0).all()
+    assert module.orthogonal(torch.zeros(1, 3, 4)).eq(0).all()
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (4, 3, 3, 3), (40, 2, 1, 1)])
@@ -107,6 +107,39 @@ def test_a_gradient_of_0_moves_nothing(module):
     assert weight.eq(before).all()
 
 
+def test_weights_of_one_shape_step_together_as_each_would_alone(module):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(4, 3, 3, 3), (6, 5), (4, 3, 3, 3), (4, 27), (6, 5)]
+    start = [torch.randn(shape, generator=g) for shape in shapes]
+    together = [nn.Parameter(weight.clone()) for weight in start]
+    alone = [nn.Parameter(weight.clone()) for weight in start]
+    optimizer = module.Muon(together, lr=0.1)
+    others = [module.Muon([weight], lr=0.1) for weight in alone]
+    for step in range(3):
+        for a, b in zip(together, alone, strict=True):
+            a.grad = torch.randn(a.shape, generator=g)
+            b.grad = a.grad.clone()
+        if step == 2:  # the others do not wait for one that stays
+            together[0].grad = torch.zeros(shapes[0])
+            alone[0].grad = torch.zeros(shapes[0])
+        optimizer.step()
+        for other in others:
+            other.step()
+    for a, b, before in zip(together, alone, start, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+        assert (a - before).norm() > 0.1
+
+
+def test_a_gradient_that_is_not_finite_is_seen_in_its_weight_alone(module):
+    weights = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    for weight, number in zip(weights, (math.nan, 1.0), strict=True):
+        weight.grad = torch.rand(3, 4)
+        weight.grad[0, 0] = number
+    module.Muon(weights).step()
+    assert not weights[0].isfinite().all()
+    assert weights[1].isfinite().all()
+
+
 def test_a_weight_without_gradient_is_passed_over(module):
     frozen, moving = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
     moving.grad = torch.rand(3, 4)
@@ -117,7 +150,7 @@ def test_a_weight_without_gradient_is_passed_over(module):
 
 def test_fp64_stays_fp64_and_is_more_precise(module):
     matrix = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    x = module.orthogonal(matrix)
+    x = module.orthogonal(matrix[None])[0]
     assert x.dtype == torch.double
     assert torch.allclose(x, brute_force(matrix), rtol=0, atol=2e-6)
 
