@@ -14,8 +14,8 @@ If grad E(y) = s dy/ds, a step y <- y - h grad E(y) lowers s by h s: downhill is
 many paths cross at y, the network learns the mean of s dy/ds given y, by least squares. It is flow
 matching (Lipman et al. 2022, arXiv:2210.02747), without s, which y nearly tells (Wang & Du 2025).
     match = mean of |grad E(y) / s - dy/ds|^2, with r(y) in place of grad E(y) at first
-For s up to `smooth`, c is 1 and s dy/ds is s z, the noise in y. Its mean given y is -s^2 times the
-score of images with such noise (Tweedie's formula). So with T = smooth^2, p has this score near
+For s up to 2 `smooth`, c is 1 and s dy/ds is s z, the noise in y. Its mean given y is -s^2 times
+the score of images with such noise (Tweedie's formula). So with T = smooth^2, p has this score near
 images at s = smooth, and walks at this temperature stay among these.
 
 Stage 3, chains: contrastive divergence. Walks leave the paths, and stay where E is low by mistake.
@@ -23,7 +23,8 @@ In the weights w, -T d/dw ln Z is the mean of dE/dw over p. So -T ln p(data) fal
 dE/dw over data minus that over draws from p: let chains walk to get such draws, and by
     gap = mean E(data) - mean E(chains)
 push data down and chains up until E cannot tell them apart. A buffer keeps the chains; some walk on
-for K steps each time (persistent, Tieleman 2008). Data get noise of std smooth, as chains have it.
+for K steps each time (persistent, Tieleman 2008), beside a few from decoys, images that E likes too
+well. Data get noise of std smooth, as chains have it.
 
     python ebm.py --epochs 50                        trains on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000                    PNG files, from fresh noise
@@ -162,11 +163,13 @@ def add_noise(x, std, generator=None):
 def on_path(x, z, s, smooth):
     """(y, dy/ds), like x and z (B, ...), at s (B, 1, ...) of the paths from noise z to images x.
 
-    y = c x + s z with c = 1 - ((s - smooth) / (1 - smooth))^2 where s is above smooth. Below that
-    c is 1: walks at s = smooth are to keep the contrast of images, and not to raise it on and on.
+    y = c x + s z with c = 1 - ((s - flat) / (1 - flat))^2 where s is above flat = 2 smooth. Below
+    that c is 1: walks at s = smooth are to keep the contrast of images. If c fell there already, a
+    network that takes s for a little larger than it is would raise the contrast on and on.
     """
-    fade = (s - smooth).clamp(min=0) / (1 - smooth)
-    return (1 - fade**2) * x + s * z, z - 2 * fade / (1 - smooth) * x
+    flat = 2 * smooth
+    fade = (s - flat).clamp(min=0) / (1 - flat)
+    return (1 - fade**2) * x + s * z, z - 2 * fade / (1 - flat) * x
 
 
 def sample_s(count, median, least, generator=None, device=None):
@@ -220,7 +223,7 @@ def energy_and_gradient(energy, x):
 
 @torch.no_grad()
 def denoise(energy, y):
-    """y - grad E(y), like y: where s is up to smooth, the guess of the image in y (Tweedie)."""
+    """y - grad E(y), like y: where s is up to 2 smooth, the guess of the image in y (Tweedie)."""
     return y - energy_and_gradient(energy, y)[1]
 
 
@@ -279,8 +282,9 @@ class Settings:
 
     steps: int = 10  # K, for each step of training
     step_size: float = 0.1  # h
-    smooth: float = 0.06  # std of the noise on data, and the root of the temperature
-    fresh: float = 0.02  # share of drawn chains that begin anew in noise; and in coarse images
+    smooth: float = 0.03  # std of the noise on data, and the root of the temperature
+    fresh: float = 0.01  # share of drawn chains that begin anew in noise
+    decoys: float = 0.2  # short chains that begin in decoys, as a share of the others
     weight: float = 0.3  # of the gap
     focus: float = 0.35  # median s in training
 
@@ -301,10 +305,8 @@ class Buffer(nn.Module):
     """Persistent chains, (N, C, H, W) in fp16, and the last hundred gaps.
 
     They begin at uint8 images. Every step of training draws some chains, lets them walk K steps and
-    puts them back. A share, `fresh`, of those drawn begins anew in noise, and as many in coarse
-    images (see coarsen): walks hardly find their way to such by themselves, and yet E takes them
-    for good images if it is not told better, since nothing in them looks wrong. So a chain walks
-    K / (2 fresh) steps on average (250 by default).
+    puts them back. A share, `fresh`, of those drawn begins anew in noise, so a chain walks
+    K / fresh steps on average (1,000 by default).
     """
 
     def __init__(self, images):
@@ -312,17 +314,15 @@ class Buffer(nn.Module):
         self.register_buffer("chains", dequantise(images).half())
         self.register_buffer("gaps", torch.zeros(100, device=images.device))
 
-    def draw(self, coarse, fresh, generator=None):
-        """(slots, x): as many different chains as coarse images (B, ...), some begun anew."""
-        count = len(coarse)
+    def draw(self, count, fresh, generator=None):
+        """(slots, x): `count` different chains, some of them begun anew."""
         if count > len(self.chains):
             raise ValueError(f"a buffer of {len(self.chains)} chains is too small for {count}")
         kind = {"generator": generator, "device": self.chains.device}
         slots = torch.randperm(len(self.chains), **kind)[:count]
         x = self.chains[slots].float()
-        u = torch.rand(count, *[1] * (x.dim() - 1), **kind)
-        x = torch.where(u < fresh, torch.randn(x.shape, **kind), x)
-        return slots, torch.where(u > 1 - fresh, coarse, x)
+        anew = torch.rand(count, *[1] * (x.dim() - 1), **kind) < fresh
+        return slots, torch.where(anew, torch.randn(x.shape, **kind), x)
 
     def put(self, slots, x, gap, good):
         """Keep where chains got to, and the gap, if the step was good, a bool tensor ()."""
@@ -331,11 +331,16 @@ class Buffer(nn.Module):
         self.gaps.copy_(torch.where(good, gaps, self.gaps))
 
 
-def coarsen(x, generator=None):
-    """Images (B, C, H, W) as 1, 2x2, 4x4 or 8x8 pixels, by chance, enlarged to their size."""
+def decoys(x, generator=None):
+    """Of images (B, C, H, W): with 1, 2x2, 4x4 or 8x8 pixels, or mixed with the next, by chance.
+
+    No pixel of a smooth or mixed image looks wrong to r, so E takes them for good images until it
+    is told better, and walks from noise or from images hardly get there.
+    """
     size = x.shape[2:]
-    versions = torch.stack([interpolate(adaptive_avg_pool2d(x, n), size) for n in (1, 2, 4, 8)])
-    choice = torch.randint(4, (len(x),), generator=generator, device=x.device)
+    versions = [interpolate(adaptive_avg_pool2d(x, n), size) for n in (1, 2, 4, 8)]
+    versions = torch.stack([*versions, (x + x.roll(1, 0)) / 2])
+    choice = torch.randint(len(versions), (len(x),), generator=generator, device=x.device)
     return versions[choice, torch.arange(len(x), device=x.device)]
 
 
@@ -480,14 +485,15 @@ def chain_loss(net, x, settings, buffer, generator=None):
     finds all of it.
     """
     data = add_noise(x, settings.smooth, generator)
-    coarse = add_noise(coarsen(x, generator), settings.smooth, generator)
-    slots, start = buffer.draw(coarse, settings.fresh, generator)
+    slots, start = buffer.draw(len(x), settings.fresh, generator)
+    extra = decoys(x, generator)[: math.ceil(settings.decoys * len(x))]
+    start = torch.cat([start, add_noise(extra, settings.smooth, generator)])
     chains, e_start = settings.walk(net, start, settings.steps, generator)
     unit = settings.smooth**2 * x[0].numel()
     gap, e_data, e_chains = contrastive_divergence(net, data, chains, unit)
     terms = {"gap": gap, "E data": e_data.mean(), "E chains": e_chains.median()}
     terms["E start"] = e_start.median() / unit
-    return settings.weight * gap, terms, slots, chains
+    return settings.weight * gap, terms, slots, chains[: len(slots)]
 
 
 def cancel_bad_step(net, gap, norm, recent_gaps):
@@ -869,13 +875,13 @@ def stage_starts(args, total):
 def schedule(step, total, facts):
     """(stage, steps since its schedule began, steps that this takes, factor of the rate).
 
-    The first two stages share a schedule of the learning rate. That of the chains is a tenth as
+    The first two stages share a schedule of the learning rate. That of the chains is a fifth as
     high: they are to mend what is there.
     """
     chains_from = facts["chains_from"]
     caution = 0.5 ** facts["failures"]
     if step >= chains_from:
-        return "chains", step - chains_from, total - chains_from, 0.1 * caution
+        return "chains", step - chains_from, total - chains_from, 0.2 * caution
     stage = "slope" if step >= facts["slope_from"] else "residual"
     return stage, step, chains_from, caution
 
@@ -1190,7 +1196,7 @@ USES = ["generate", "evaluate", "inpaint", "denoise"]  # of trained weights
 NETWORK_FLAGS = ["width", "mults", "blocks"]  # cannot be changed when weights are there
 RUN_FLAGS = ["batch_size", "seed", "subset", "buffer"]  # nor can these when training goes on
 RUN_FLAGS += ["smooth", "residual", "warm_up"]
-SETTINGS_FLAGS = ["steps", "step_size", "smooth", "fresh", "weight", "focus"]
+SETTINGS_FLAGS = ["steps", "step_size", "smooth", "fresh", "decoys", "weight", "focus"]
 
 
 def make_parser():
@@ -1204,20 +1210,17 @@ def make_parser():
     add("--width", default=64, type=count, help="channels at full resolution")
     add("--mults", default=[1, 2, 3, 4], type=widths, metavar="M,M,...", help="widths by level")
     add("--blocks", default=2, type=count, help="residual blocks each way at a resolution")
-    add("--residual", default=0.4, type=share, help="share of the run that teaches r alone")
-    add("--warm-up", default=0.8, type=share, help="share of the run before there are chains")
+    add("--residual", default=0.3, type=share, help="share of the run that teaches r alone")
+    add("--warm-up", default=0.9, type=share, help="share of the run before there are chains")
     add("--focus", default=0.35, type=below_1, help="median s in training, higher for plain shapes")
     add("--steps", default=10, type=count, metavar="K", help="Langevin steps an update")
     add("--step-size", default=0.1, type=below_1, help="h: gradients times this are a step")
-    add("--smooth", default=0.06, type=below_1, help="std of noise on data, root of T")
+    small = number(float, 0, above=True, most=0.4)
+    add("--smooth", default=0.03, type=small, help="std of noise on data, root of T")
     add("--weight", default=0.3, type=number(float, 0), help="of the gap, in units of T dim")
-    add("--buffer", default=10_000, type=count, help="persistent chains")
-    add(
-        "--fresh",
-        default=0.02,
-        type=number(float, 0, most=0.5),
-        help="share of drawn chains that start anew, twice",
-    )
+    add("--buffer", default=1000, type=count, help="persistent chains")
+    add("--fresh", default=0.01, type=share, help="share of drawn chains that begin anew in noise")
+    add("--decoys", default=0.2, type=share, help="chains from decoys, as a share of the others")
     add("--chain", default=0, type=number(int, 0), help="Langevin steps after the way from noise")
     add("--inpaint", action="store_true", help="only complete test images without their middle")
     add("--denoise", action="store_true", help="only take noise off test images")

@@ -1100,6 +1100,14 @@ def build(args, network):
     return net.to(args.device, memory_format=torch.channels_last)
 
 
+def compile_cells(net):
+    """torch.compile() for cell by cell, as the whole network would be a very long program."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of cells; more would stay uncompiled
+    for layer in net.modules():
+        if isinstance(layer, Cell):
+            layer.compile()
+
+
 def train(args, checkpoint=None):
     """Train on --data from the start or, given a checkpoint, from where that was saved."""
     from common import fingerprint, load, save_grid
@@ -1125,9 +1133,7 @@ def train(args, checkpoint=None):
     if checkpoint:
         run.restore(checkpoint)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # kinds of cells; beyond it they are not compiled
-        for cell in (layer for layer in net.modules() if isinstance(layer, Cell)):
-            cell.compile()  # cell by cell, as the whole would be a very long program
+        compile_cells(net)
 
     warmup_steps = args.kl_warmup * run.steps_per_epoch
     for epoch in run.epochs():

@@ -100,8 +100,10 @@ def test_the_scripts_keep_their_books_alike():
         "orthogonal Muon die warmup_cosine update_ema write_whole load_checkpoint load_states plot "
         "write_log Run"
     )
-    command_line = "Parser HelpFormatter number numbers device shared_parser parse main"
-    for name in [*books.split(), *command_line.split(), "bf16_is_native"]:
+    command_line = (
+        "Parser HelpFormatter number numbers device shared_parser parse choose_speed main"
+    )
+    for name in [*books.split(), *command_line.split(), "bf16_is_native", "choose_speed"]:
         assert len({source[name] for source in sources}) == 1, name
 
 
@@ -141,12 +143,34 @@ def test_requirements_are_five_without_upper_limits():
     assert "==" not in text
 
 
-def test_pictures_of_the_readme_are_there_and_small():
+def test_pictures_and_links_of_the_readme_are_there_and_pictures_small():
     text = (ROOT / "README.md").read_text()
     names = re.findall(r'src="([^"]+)"', text)
     assert names
-    for name in names:
-        assert (ROOT / name).stat().st_size < 300_000, name
+    sizes = {name: (ROOT / name).stat().st_size for name in names}
+    assert max(sizes.values()) < 300_000, sizes
+    assert sum(sizes.values()) < 2_500_000
+    assert {f".github/{path.name}" for path in (ROOT / ".github").glob("*.png")} == set(names)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings(text)}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("https://"):
+            assert (ROOT / link).exists(), link
+
+
+def headings(text):
+    return re.findall(r"^#+ (.*)$", text, re.M)
+
+
+def test_the_own_project_of_the_readme_runs():
+    shutil.copy(ROOT / "ncsn.py", ".")
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    code = "import sys\nsys.path.insert(0, '')\n" + code
+    code += "assert samples.shape == (16, 1, 28, 28) and samples.dtype == torch.uint8\n"
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_public_names_have_docstrings():

@@ -569,7 +569,7 @@ def test_divergence_brings_back_the_last_state_and_half_the_rate(run, trained, c
     run.after.clear()
     assert run("--resume --out r") == 0
     assert load("r")["failures"] == 1
-    due = 0.5 * 0.1 * after["args"]["lr"] * run.module.warmup_cosine(9 - 2, 12 - 2)  # chains
+    due = 0.5 * 0.2 * after["args"]["lr"] * run.module.warmup_cosine(9 - 2, 12 - 2)  # chains
     assert run.rates[3] == pytest.approx(due)
     assert differences(before["net"], load("r")["net"]) != []  # and it goes on learning
 
@@ -612,7 +612,7 @@ def test_stages_follow_each_other_and_the_rate_starts_anew_with_the_chains(run, 
     assert stages == 2 * ["residual"] + 3 * ["slope"] + 4 * ["chains"]
     factor = run.module.warmup_cosine
     due = [0.5 * factor(step, 5) for step in range(5)]
-    due += [0.05 * factor(step, 4) for step in range(4)]
+    due += [0.1 * factor(step, 4) for step in range(4)]
     assert run.rates == pytest.approx(due)
     rows = log("r")
     assert [row["gap"] != "" for row in rows] == [False, True, True]

@@ -127,6 +127,7 @@ OWN_ERRORS = {
         "--buffer 0": "--buffer",
         "--warm-up -1": "--warm-up",
         "--fresh -1": "--fresh",
+        "--decoys 2": "--decoys",
         "--weight -1": "--weight",
         "--smooth 0": "--smooth",
         "--inpaint": "train first",
