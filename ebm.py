@@ -464,8 +464,7 @@ def match_loss(net, x, settings, stage, generator=None):
     not make a slope yet, but the second stage is short then. There r goes on to be taught a little:
     that keeps E(y) near |s dy/ds|^2 / 2, of which the slope leaves a constant open.
     """
-    least = settings.smooth / 2
-    s = sample_s(len(x), settings.focus, least, generator, x.device).view(-1, 1, 1, 1)
+    s = sample_s(len(x), settings.focus, settings.smooth, generator, x.device).view(-1, 1, 1, 1)
     z = torch.randn(x.shape, generator=generator, device=x.device)
     y, velocity = on_path(x, z, s, settings.smooth)
     y.requires_grad_()

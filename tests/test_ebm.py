@@ -544,7 +544,7 @@ def test_the_best_slope_makes_the_best_guess_of_a_gaussian(s):
 def test_the_loss_of_the_path_is_as_written(monkeypatch, stage):
     """Of r itself in the first stage; then of the gradient of |r|^2 / 2, with a tenth of that."""
     net = network()
-    settings = ebm.Settings(smooth=0.2, focus=0.4)
+    settings = ebm.Settings(smooth=0.1, focus=0.4)
     path = Calls(monkeypatch, "on_path")
     places = Calls(monkeypatch, "sample_s")
     x = rand(4, 3, 8, 8)
@@ -552,7 +552,7 @@ def test_the_loss_of_the_path_is_as_written(monkeypatch, stage):
     (seen,) = path.arguments
     (asked,) = places.arguments
     assert seen["x"] is x
-    assert seen["smooth"] == 0.2
+    assert seen["smooth"] == 0.1
     assert (asked["count"], asked["median"], asked["least"]) == (4, 0.4, 0.1)
     y, velocity = path.real(**seen)
     r = net.residual(y.detach())
