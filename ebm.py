@@ -2,29 +2,29 @@
 
 A network gives each image x one number, its energy E(x). Low energy means likely, by definition:
     p(x) = exp(-E(x) / T) / Z,          Z = integral of exp(-E(x) / T) over all images
-Here a U-Net r(x), the residual, says what is wrong with x, and E(x) = |r(x)|^2 / 2: of an image and
-some noise, half the squared size of the noise. A sample is drawn by going down the slope of E from
-nothing but noise. Langevin dynamics (Du & Mordatch 2019, arXiv:1903.08689) adds noise to its steps,
-of size h, and so walks on and on among likely images, in balance with p if h is small:
-    x <- x - h grad E(x) + sqrt(2 h T) z,         z from N(0, I)
+Here E(x) = |r(x)|^2 / 2, and the residual r(x), from a U-Net, says what is wrong with x: for an
+image with a little noise, E is half the squared size of the noise. A sample is drawn down the slope
+of E, from nothing but noise. In training, Langevin dynamics (Du & Mordatch 2019, arXiv:1903.08689)
+adds noise to steps of size h, and so walks on among likely images, in balance with p if h is small:
+    x <- x - h grad E(x) + sqrt(2 h T) z,         z from N(0, I)       (see langevin)
 
 Stages 1, residual, and 2, slope. The slope is to lead from noise z to images x along the path
     y(s) = c(s) x + s z,        s from 1 down to 0,        c from 0 to 1 (see on_path)
-If grad E(y) = s dy/ds, a step y <- y - h grad E(y) lowers s by h s: downhill is along the path. As
-many paths cross at y, the network learns the mean of s dy/ds given y, by least squares. It is flow
-matching (Lipman et al. 2022, arXiv:2210.02747), without s, which y nearly tells (Wang & Du 2025).
-    match = mean of |grad E(y) / s - dy/ds|^2, with r(y) in place of grad E(y) at first
-For s up to 2 `smooth`, c is 1 and s dy/ds is s z, the noise in y. Its mean given y is -s^2 times
-the score of images with such noise (Tweedie's formula). So with T = smooth^2, p has this score near
-images at s = smooth, and walks at this temperature stay among these.
+If grad E(y) = s dy/ds, a step y <- y - h grad E(y) lowers s by h s: downhill is along the path.
+Many paths cross at y, so the network learns the mean of s dy/ds given y, by least squares. It is
+flow matching (Lipman et al. 2022, arXiv:2210.02747), without s, which y shows (Wang & Du 2025).
+    match = mean of |grad E(y) / s - dy/ds|^2,       at first with r(y), which is cheap and near it
+Up to s = 2 `smooth`, a small number, c is 1 and s dy/ds is the noise in y, s z. Its mean given y is
+-s^2 times the score (grad log density) of images with that noise (Tweedie). The score of p is
+-grad E / T. So with T = smooth^2, p is the density of images with noise of std smooth, near these.
 
-Stage 3, chains: contrastive divergence. Walks leave the paths, and stay where E is low by mistake.
-In the weights w, -T d/dw ln Z is the mean of dE/dw over p. So -T ln p(data) falls along the mean of
-dE/dw over data minus that over draws from p: let chains walk to get such draws, and by
-    gap = mean E(data) - mean E(chains)
-push data down and chains up until E cannot tell them apart. A buffer keeps the chains; some walk on
-for K steps each time (persistent, Tieleman 2008), beside a few from decoys, images that E likes too
-well. Data get noise of std smooth, as chains have it.
+Stage 3, chains: contrastive divergence. Walks come to places where E was never taught, and stay if
+it is low there by mistake. The gradient of -T ln p(data) in the weights is that of E, in the mean
+over data, less the same over draws from p, which ln Z brings in. Walking chains stand in for these:
+    gap = mean E(data) - mean E(chains),         part of the loss, beside match
+Training lowers E of data and lifts that of chains until it cannot tell them apart. A buffer keeps
+the chains, and K steps are made each time (persistent, Tieleman 2008); a few more begin in decoys,
+images that E likes too well. Data get noise of std smooth, as chains have it.
 
     python ebm.py --epochs 50                        trains on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000                    PNG files, from fresh noise
@@ -98,42 +98,42 @@ class EnergyNet(nn.Module):
         self.down = nn.ModuleList()
         before = widths[0]  # channels that come out of the layer before
         for after in widths:
-            stage = nn.ModuleList()
+            level = nn.ModuleList()
             for _ in range(blocks):
-                stage.append(Block(before, after))
+                level.append(Block(before, after))
                 before = after
-            self.down.append(stage)
+            self.down.append(level)
         self.middle = Block(before, before)
         self.up = nn.ModuleList()
         for after in reversed(widths):
-            stage = nn.ModuleList()
+            level = nn.ModuleList()
             for _ in range(blocks):
-                stage.append(Block(before + after, after))  # sees what its mirror image put out
+                level.append(Block(before + after, after))  # sees what its mirror image put out
                 before = after
-            self.up.append(stage)
+            self.up.append(level)
         self.out = nn.Conv2d(widths[0], channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)  # so r and E start as 0
         nn.init.zeros_(self.out.bias)
 
     def residual(self, x):
-        """r: what is wrong with x, shaped like x."""
+        """r: what is wrong with x, shaped like x. At a place of a path it is to be s dy/ds."""
         halvings = len(self.down) - 1
         if x.shape[2] % 2**halvings or x.shape[3] % 2**halvings:
             raise ValueError(f"{x.shape[2]}x{x.shape[3]} pixels cannot be halved {halvings} times")
-        h = self.stem(2 * x)  # about of standard deviation 1
+        h = self.stem(2 * x)  # images then have a standard deviation of about 1
         skips = []
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            for i, stage in enumerate(self.down):
+            for i, level in enumerate(self.down):
                 if i > 0:
                     h = avg_pool2d(h, 2)
-                for block in stage:
+                for block in level:
                     h = block(h)
                     skips.append(h)
             h = self.middle(h)
-            for i, stage in enumerate(self.up):
+            for i, level in enumerate(self.up):
                 if i > 0:
                     h = interpolate(h, scale_factor=2.0)
-                for block in stage:
+                for block in level:
                     h = block(torch.cat([h, skips.pop()], dim=1))
         return self.out(silu(h.to(x.dtype)))
 
@@ -164,8 +164,9 @@ def on_path(x, z, s, smooth):
     """(y, dy/ds), like x and z (B, ...), at s (B, 1, ...) of the paths from noise z to images x.
 
     y = c x + s z with c = 1 - ((s - flat) / (1 - flat))^2 where s is above flat = 2 smooth. Below
-    that c is 1: walks at s = smooth are to keep the contrast of images. If c fell there already, a
-    network that takes s for a little larger than it is would raise the contrast on and on.
+    that c is 1. Where c falls, the slope contains s dc/ds x: each step adds contrast. A walk at
+    s = smooth goes on for long, and if the network took s for larger now and then, contrast would
+    pile up. The factor of 2 is a margin for such mistakes.
     """
     flat = 2 * smooth
     fade = (s - flat).clamp(min=0) / (1 - flat)
@@ -197,10 +198,10 @@ def matching_error(slope, velocity, s):
 
 
 def contrastive_divergence(energy, data, chains, unit, margin=0.3):
-    """(gap, E(data), E(chains)) of data and chains, (B, ...) each, in the given unit of energy.
+    """(gap (), E(data) (B,), E(chains) (N,)) of data (B, ...) and chains (N, ...), in this unit.
 
-    A chain counts while its energy is below the mean of data plus margin. A higher one need not be
-    pushed up: it may be on its way down from noise.
+    gap is the mean over chains of mean E(data) - E(chain), or 0 for a chain whose energy is above
+    mean E(data) + margin: it need not be pushed up, and may be on its way down from noise.
     """
     energies = energy(torch.cat([data, chains.detach()])) / unit
     e_data, e_chains = energies.split([len(data), len(chains)])
@@ -282,7 +283,7 @@ class Settings:
 
     steps: int = 10  # K, for each step of training
     step_size: float = 0.1  # h
-    smooth: float = 0.03  # std of the noise on data, and the root of the temperature
+    smooth: float = 0.03  # least s that is taught, noise of chains and data, root of T
     fresh: float = 0.01  # share of drawn chains that begin anew in noise
     decoys: float = 0.2  # short chains that begin in decoys, as a share of the others
     weight: float = 0.3  # of the gap
@@ -304,7 +305,7 @@ def draw(energy, z, settings, steps=0, generator=None, constrain=unconstrained):
 class Buffer(nn.Module):
     """Persistent chains, (N, C, H, W) in fp16, and the last hundred gaps.
 
-    They begin at uint8 images. Every step of training draws some chains, lets them walk K steps and
+    They begin at uint8 images. Each step of the third stage draws some, lets them walk K steps and
     puts them back. A share, `fresh`, of those drawn begins anew in noise, so a chain walks
     K / fresh steps on average (1,000 by default).
     """
@@ -332,10 +333,11 @@ class Buffer(nn.Module):
 
 
 def decoys(x, generator=None):
-    """Of images (B, C, H, W): with 1, 2x2, 4x4 or 8x8 pixels, or mixed with the next, by chance.
+    """Of images (B, C, H, W): with 1, 2x2, 4x4 or 8x8 pixels, or mixed with another, by chance.
 
-    No pixel of a smooth or mixed image looks wrong to r, so E takes them for good images until it
-    is told better, and walks from noise or from images hardly get there.
+    Nothing in a flat or mixed image looks wrong to r, so E is low there, though no image is like
+    that. Walks from noise or images hardly get there to have it mended. It would not hurt samples,
+    but an energy is also to tell images from others.
     """
     size = x.shape[2:]
     versions = [interpolate(adaptive_avg_pool2d(x, n), size) for n in (1, 2, 4, 8)]
@@ -439,8 +441,8 @@ def set_rate(optimizers, lr):
 def make_optimizers(net, lr=0.02):
     """[Muon for the convolutions of all blocks, Adam at lr / 10 for the other weights].
 
-    Both stand still where gradients are 0, as after cancel_bad_step(); Adam does so because its
-    momentum is 0.
+    With both, weights stay as they are if gradients are 0, as after cancel_bad_step(); with Adam
+    because its momentum is 0.
     """
     blocks = nn.ModuleList([net.down, net.middle, net.up])
     hidden = [weight for weight in blocks.parameters() if weight.dim() > 1]
@@ -457,12 +459,12 @@ STAGES = ["residual", "slope", "chains"]
 
 
 def match_loss(net, x, settings, stage, generator=None):
-    """How well the slope at a place of the path from x (B, C, H, W) tells the velocity there.
+    """Mean error of the slope (in the first stage, of r) as s dy/ds, on paths to x (B, C, H, W).
 
-    grad E(y) is J^T r(y), with J the Jacobian of r. If r took noise away just as a projection does,
-    that would be r(y) again. So in the first stage r stands in for it, at half the cost; this does
-    not make a slope yet, but the second stage is short then. There r goes on to be taught a little:
-    that keeps E(y) near |s dy/ds|^2 / 2, of which the slope leaves a constant open.
+    grad E(y) is J^T r(y), with J the Jacobian of r. If y - r(y) were an orthogonal projection, that
+    would be r(y) again. So the first stage fits r, at half the cost, and the second, which fits
+    grad E, begins close to its end. From there on r is still taught a little: E would be free to
+    add a constant, and this keeps it near |s dy/ds|^2 / 2.
     """
     s = sample_s(len(x), settings.focus, settings.smooth, generator, x.device).view(-1, 1, 1, 1)
     z = torch.randn(x.shape, generator=generator, device=x.device)
@@ -499,9 +501,9 @@ def cancel_bad_step(net, gap, norm, recent_gaps):
     """Set gradients to 0 if the step is bad. Returns whether it is good, a bool tensor ().
 
     Bad is a gap or gradient norm that is not finite, or a |gap| above 10 (for images like
-    CIFAR-10's it is far below) that is also above five times the median of the recent ones. All
-    this stays on the device: where(good, ...) in place of `if good`, for which the program would
-    have to wait.
+    CIFAR-10's it is far below) that is also above five times the median of the last 100. All this
+    stays on the device: where(good, ...) in place of `if good`, for which the program would have to
+    wait.
     """
     limit = (5 * recent_gaps.abs().median()).clamp(min=10)
     good = gap.isfinite() & norm.isfinite() & (gap.abs() <= limit)
@@ -908,7 +910,7 @@ def train(args, checkpoint=None):
     if checkpoint:
         run.restore(checkpoint)  # and the facts
     if args.compile:
-        net.compile()  # the forward alone: r is differentiated twice, which compiled code cannot be
+        net.compile()  # for walks, not residual(): compiled code has no second gradient
 
     for epoch in run.epochs():
         for batch in run.batches(images):
