@@ -286,7 +286,7 @@ class Settings:
     smooth: float = 0.03  # least s that is taught, noise of chains and data, root of T
     fresh: float = 0.01  # share of drawn chains that begin anew in noise
     decoys: float = 0.2  # short chains that begin in decoys, as a share of the others
-    weight: float = 0.3  # of the gap
+    weight: float = 0.1  # of the gap
     focus: float = 0.35  # median s in training
 
     def walk(self, energy, x, steps, generator=None, constrain=unconstrained):
@@ -1218,7 +1218,7 @@ def make_parser():
     add("--step-size", default=0.1, type=below_1, help="h: gradients times this are a step")
     small = number(float, 0, above=True, most=0.4)
     add("--smooth", default=0.03, type=small, help="std of noise on data, root of T")
-    add("--weight", default=0.3, type=number(float, 0), help="of the gap, in units of T dim")
+    add("--weight", default=0.1, type=number(float, 0), help="of the gap, in units of T dim")
     add("--buffer", default=1000, type=count, help="persistent chains")
     add("--fresh", default=0.01, type=share, help="share of drawn chains that begin anew in noise")
     add("--decoys", default=0.2, type=share, help="chains from decoys, as a share of the others")
