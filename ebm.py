@@ -336,8 +336,8 @@ def decoys(x, generator=None):
     """Of images (B, C, H, W): with 1, 2x2, 4x4 or 8x8 pixels, or mixed with another, by chance.
 
     Nothing in a flat or mixed image looks wrong to r, so E is low there, though no image is like
-    that. Walks from noise or images hardly get there to have it mended. It would not hurt samples,
-    but an energy is also to tell images from others.
+    that. Walks from noise or images hardly get there to have it mended. So samples do not suffer
+    from it, but an energy is also to tell images from others.
     """
     size = x.shape[2:]
     versions = [interpolate(adaptive_avg_pool2d(x, n), size) for n in (1, 2, 4, 8)]
@@ -372,8 +372,8 @@ def orthogonal(matrices, iterations=5):
     x_xt = x @ x.mT
     product = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(x_xt)
     for _ in range(iterations):
-        p = torch.baddbmm(x_xt, x_xt, x_xt, beta=b, alpha=c)  # b X X^T + c (X X^T)^2
-        p.diagonal(dim1=1, dim2=2).add_(a)
+        p = torch.baddbmm(x_xt, x_xt, x_xt, beta=b, alpha=c)  # b X X^T + c (X X^T)^2 ...
+        p.diagonal(dim1=1, dim2=2).add_(a)  # + a I
         x_xt = p @ x_xt @ p
         product = p @ product
     x = product @ x
@@ -403,7 +403,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}  # many small products are slower, above all on a GPU, than one of stacks
+            by_shape = {}  # one product of many matrices is quicker, above all on a GPU, than many
             for weight in group["params"]:
                 if weight.grad is not None:  # neither frozen nor left out
                     by_shape.setdefault(weight.shape, []).append(weight)
@@ -411,7 +411,7 @@ class Muon(torch.optim.Optimizer):
                 self.step_together(weights, group["lr"], group["momentum"])
 
     def step_together(self, weights, lr, momentum):
-        """A step of weights of the same shape."""
+        """A step of weights of the same shape: orthogonal() takes all their matrices at once."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["average"] = torch.zeros_like(weight)
@@ -463,7 +463,7 @@ def match_loss(net, x, settings, stage, generator=None):
 
     grad E(y) is J^T r(y), with J the Jacobian of r. If y - r(y) were an orthogonal projection, that
     would be r(y) again. So the first stage fits r, at half the cost, and the second, which fits
-    grad E, begins close to its end. From there on r is still taught a little: E would be free to
+    grad E, need not begin at nothing. From there on r is still taught a little: E would be free to
     add a constant, and this keeps it near |s dy/ds|^2 / 2.
     """
     s = sample_s(len(x), settings.focus, settings.smooth, generator, x.device).view(-1, 1, 1, 1)

@@ -687,8 +687,8 @@ def orthogonal(matrices, iterations=5):
     x_xt = x @ x.mT
     product = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(x_xt)
     for _ in range(iterations):
-        p = torch.baddbmm(x_xt, x_xt, x_xt, beta=b, alpha=c)  # b X X^T + c (X X^T)^2
-        p.diagonal(dim1=1, dim2=2).add_(a)
+        p = torch.baddbmm(x_xt, x_xt, x_xt, beta=b, alpha=c)  # b X X^T + c (X X^T)^2 ...
+        p.diagonal(dim1=1, dim2=2).add_(a)  # + a I
         x_xt = p @ x_xt @ p
         product = p @ product
     x = product @ x
@@ -718,7 +718,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}  # many small products are slower, above all on a GPU, than one of stacks
+            by_shape = {}  # one product of many matrices is quicker, above all on a GPU, than many
             for weight in group["params"]:
                 if weight.grad is not None:  # neither frozen nor left out
                     by_shape.setdefault(weight.shape, []).append(weight)
@@ -726,7 +726,7 @@ class Muon(torch.optim.Optimizer):
                 self.step_together(weights, group["lr"], group["momentum"])
 
     def step_together(self, weights, lr, momentum):
-        """A step of weights of the same shape."""
+        """A step of weights of the same shape: orthogonal() takes all their matrices at once."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["average"] = torch.zeros_like(weight)

@@ -1239,3 +1239,23 @@ def test_a_step_lowers_the_loss(size, expand):
         losses.append(terms["train loss"].item())
     assert losses[-1] < losses[0] - 0.2
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_every_kind_of_cell_is_compiled(monkeypatch):
+    """Three resolutions have nine kinds, and the compiler by itself gives up after eight."""
+    from torch._dynamo.utils import counters
+
+    def without_code(self):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", without_code)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    counters.clear()
+    net = network(width=4, mults=(1, 2, 3), groups=(2, 2, 2), image_size=32).train()
+    x = torch.rand(2, 3, 32, 32)
+    nvae.compile_cells(net)
+    net(x, net.noise(2))
+    frames = counters["frames"]
+    torch._dynamo.reset()
+    assert frames["total"] == frames["ok"] > 8
