@@ -3,38 +3,39 @@
 A network gives each image x one number, its energy E(x). Low energy means likely, by definition:
     p(x) = exp(-E(x) / T) / Z,          Z = integral of exp(-E(x) / T) over all images
 Here E(x) = |r(x)|^2 / 2, and the residual r(x), from a U-Net, says what is wrong with x: for an
-image with a little noise, E is half the squared size of the noise. A sample is drawn down the slope
-of E, from nothing but noise. In training, Langevin dynamics (Du & Mordatch 2019, arXiv:1903.08689)
-adds noise to steps of size h, and so walks on among likely images, in balance with p if h is small:
+image with a little noise, E is about half the squared length of the noise. Samples are drawn down
+the slope of E, from nothing but noise. In stage 2, Langevin dynamics (Du & Mordatch 2019,
+arXiv:1903.08689) adds noise to steps of size h, and so walks on, in balance with p if h is small:
     x <- x - h grad E(x) + sqrt(2 h T) z,         z from N(0, I)       (see langevin)
 
-Stages 1, residual, and 2, slope. The slope is to lead from noise z to images x along the path
-    y(s) = c(s) x + s z,        s from 1 down to 0,        c from 0 to 1 (see on_path)
-If grad E(y) = s dy/ds, a step y <- y - h grad E(y) lowers s by h s: downhill is along the path.
-Many paths cross at y, so the network learns the mean of s dy/ds given y, by least squares. It is
-flow matching (Lipman et al. 2022, arXiv:2210.02747), without s, which y shows (Wang & Du 2025).
-    match = mean of |grad E(y) / s - dy/ds|^2,       at first with r(y), which is cheap and near it
-Up to s = 2 `smooth`, a small number, c is 1 and s dy/ds is the noise in y, s z. Its mean given y is
--s^2 times the score (grad log density) of images with that noise (Tweedie). The score of p is
--grad E / T. So with T = smooth^2, p is the density of images with noise of std smooth, near these.
+Stage 1, matching. The slope of E is to take noise off y = x + sigma z: an image x with noise z from
+N(0, I), of any size sigma from `smooth`, a small number, up to one that hides x. If grad E(y) is
+sigma z, a step y <- y - h grad E(y) leaves noise 1 - h times as large. Many images and noises make
+the same y, so the network learns the mean of sigma z given y, by least squares. Steps then go
+towards a mix of all images that y may come from; less noise leaves fewer, and in the end there is
+one. It is denoising score matching (Vincent 2011) of one energy for all sigma, which can be read
+from y (Li et al. 2019, arXiv:1910.07762):
+    match = mean of |grad E(y) / sigma - z|^2 times a weight          (see matching_error)
+The mean of sigma z given y is -sigma^2 times the score (grad log density) of images with noise of
+this sigma (Tweedie's formula). The score of p is -grad E / T. So with T = smooth^2, p is the
+density of images with noise of std smooth, near such images.
 
-Stage 3, chains: contrastive divergence. Walks come to places where E was never taught, and stay if
+Stage 2, chains: contrastive divergence. Walks come to places where E was never taught, and stay if
 it is low there by mistake. The gradient of -T ln p(data) in the weights is that of E, in the mean
 over data, less the same over draws from p, which ln Z brings in. Walking chains stand in for these:
-    gap = mean E(data) - mean E(chains),         part of the loss, beside match
-Training lowers E of data and lifts that of chains until it cannot tell them apart. A buffer keeps
-the chains, and K steps are made each time (persistent, Tieleman 2008); a few more begin in decoys,
-images that E likes too well. Data get noise of std smooth, as chains have it.
+    loss = match + weight * gap,       gap = mean E(data) - mean E(chains), but for those far above
+Training lowers E of data and lifts that of chains, until it cannot tell them apart. A buffer keeps
+the chains for K more steps each time (persistent, Tieleman 2008). Other, short chains begin in
+decoys, images that E likes too well. Data get noise of std smooth, as chains have it.
 
     python ebm.py --epochs 50                        trains on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000                    PNG files, from fresh noise
     python ebm.py --evaluate --inpaint --denoise     outliers, energies, pictures
 The method ends with training_step(); train() is its loop. In your own project, import torch, ebm:
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
-    net, settings = ebm.EnergyNet(8, mults=(1, 2), channels=1), ebm.Settings(steps=5)
+    net, settings = ebm.EnergyNet(8, mults=(1, 2), channels=1), ebm.Settings(smooth=0.1)
     optimizers, buffer = ebm.make_optimizers(net), ebm.Buffer(images)
-    for x in images.split(16): ebm.training_step(net, optimizers, x, settings, "residual")
-    for x in images.split(16): ebm.training_step(net, optimizers, x, settings, "slope")
+    for x in images.split(16): ebm.training_step(net, optimizers, x, settings, "matching")
     for x in images.split(16): ebm.training_step(net, optimizers, x, settings, "chains", buffer)
     samples = ebm.quantise(ebm.draw(net, torch.randn(4, 1, 28, 28), settings))"""
 
@@ -63,8 +64,7 @@ NAME = "ebm"
 class Block(nn.Module):
     """Residual block, (B, in_channels, H, W) -> (B, out_channels, H, W).
 
-    There are no normalisation layers, for E is to tell large from small noise, and as E is
-    differentiated twice they would cost much.
+    There are no normalisation layers: as E is differentiated twice they would cost much.
     """
 
     def __init__(self, in_channels, out_channels):
@@ -83,11 +83,27 @@ class Block(nn.Module):
         return (self.skip(x) + h) / math.sqrt(2)
 
 
-class EnergyNet(nn.Module):
-    """E: images (B, C, H, W) in [-1, 1], with noise or without, -> (B,).
+SIGMA_DATA = 0.5  # root mean square of images in [-1, 1], about
 
-    r is a U-Net: at full, half, ... resolution there are `blocks` blocks with width * mults
-    channels on the way down and on the way up. amp: the blocks compute in bf16.
+
+def noise_variance(y):
+    """A guess of sigma^2, (B, 1, 1, 1), from images with noise of that size (B, C, H, W).
+
+    Of four pixels in a square, the two on one diagonal less the other two make a number with
+    variance 4 sigma^2, as noise is independent from pixel to pixel. What images have between
+    neighbours mostly cancels, as they are smooth. The rest makes the guess too high where there is
+    little noise: 0.07, about, for no noise at all on simple shapes.
+    """
+    d = y[:, :, 1:] - y[:, :, :-1]
+    d = d[:, :, :, 1:] - d[:, :, :, :-1]
+    return d.square().mean((1, 2, 3), keepdim=True) / 4 + 1e-4  # above 0, for the root of it
+
+
+class EnergyNet(nn.Module):
+    """E: images (B, C, H, W) in [-1, 1], with noise of any size or without, -> (B,).
+
+    The U-Net has, at full, half, ... resolution, `blocks` blocks with width * mults channels on the
+    way down and on the way up. amp: the blocks compute in bf16.
     """
 
     def __init__(self, width=64, mults=(1, 2, 3, 4), blocks=2, channels=3, amp=False):
@@ -112,15 +128,15 @@ class EnergyNet(nn.Module):
                 before = after
             self.up.append(level)
         self.out = nn.Conv2d(widths[0], channels, 3, padding=1)
-        nn.init.zeros_(self.out.weight)  # so r and E start as 0
+        nn.init.zeros_(self.out.weight)  # so the U-Net starts as 0
         nn.init.zeros_(self.out.bias)
 
-    def residual(self, x):
-        """r: what is wrong with x, shaped like x. At a place of a path it is to be s dy/ds."""
+    def unet(self, x):
+        """Images of a mean square near 1 (B, C, H, W) -> the same shape."""
         halvings = len(self.down) - 1
         if x.shape[2] % 2**halvings or x.shape[3] % 2**halvings:
             raise ValueError(f"{x.shape[2]}x{x.shape[3]} pixels cannot be halved {halvings} times")
-        h = self.stem(2 * x)  # images then have a standard deviation of about 1
+        h = self.stem(x)
         skips = []
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             for i, level in enumerate(self.down):
@@ -136,6 +152,22 @@ class EnergyNet(nn.Module):
                 for block in level:
                     h = block(torch.cat([h, skips.pop()], dim=1))
         return self.out(silu(h.to(x.dtype)))
+
+    def residual(self, y):
+        """r: what is wrong with y, shaped like y; y is an image with noise of any size.
+
+        Noise of different sizes asks for outputs of different sizes, and a U-Net learns best if all
+        are near 1. So r is what the best multiple of y takes off it, plus a U-Net's output times
+        the size of what that multiple lacks as a guess of the image. The U-Net sees y divided by
+        its size. (Karras et al. 2022, arXiv:2206.00364: y - r is their c_skip y + c_out F(c_in y)
+        with F = -U. Their sigma is told; here it is guessed from y, and grad E goes through the
+        guess too.)
+        """
+        variance = noise_variance(y)
+        mean_square = variance + SIGMA_DATA**2  # of y, about
+        share = variance / mean_square
+        u = self.unet(y / mean_square.sqrt())
+        return share * y + share.sqrt() * SIGMA_DATA * u
 
     def forward(self, x):
         return self.residual(x).square().flatten(1).sum(1) / 2
@@ -160,40 +192,27 @@ def add_noise(x, std, generator=None):
     return x + std * torch.randn(x.shape, generator=generator, device=x.device)
 
 
-def on_path(x, z, s, smooth):
-    """(y, dy/ds), like x and z (B, ...), at s (B, 1, ...) of the paths from noise z to images x.
+def sample_sigma(count, median, least, most, generator=None, device=None):
+    """The size of noise for each of `count` images in training, (count,), within [least, most].
 
-    y = c x + s z with c = 1 - ((s - flat) / (1 - flat))^2 where s is above flat = 2 smooth. Below
-    that c is 1. Where c falls, the slope contains s dc/ds x: each step adds contrast. A walk at
-    s = smooth goes on for long, and if the network took s for larger now and then, contrast would
-    pile up. The factor of 2 is a margin for such mistakes.
-    """
-    flat = 2 * smooth
-    fade = (s - flat).clamp(min=0) / (1 - flat)
-    return (1 - fade**2) * x + s * z, z - 2 * fade / (1 - flat) * x
-
-
-def sample_s(count, median, least, generator=None, device=None):
-    """A place on its path for each of `count` images in training, (count,), `least` at least.
-
-    logit(s) is logistic with scale 0.8. With the default median, 0.35, half of all s are between
-    0.18 and 0.56, where layout and shapes are decided: less noise hides only texture. The draws are
-    stratified: the range of probability is cut into `count` equal slices, and each image gets one
-    of them, by chance.
+    Before it is brought within them, ln sigma is logistic with scale 0.8. With the default median,
+    0.5, half of all sigma are between 0.2 and 1.2, where layout and shapes are decided: less noise
+    hides only texture. The draws are stratified: the range of probability is cut into `count` equal
+    slices, and each image gets one of them, by chance.
     """
     slices = torch.randperm(count, generator=generator, device=device)
     u = (slices + torch.rand(count, generator=generator, device=device)) / count
-    middle = math.log(median / (1 - median))
-    return torch.sigmoid(middle + 0.8 * torch.logit(u)).clamp(least, 1)
+    return (median * torch.exp(0.8 * torch.logit(u))).clamp(least, most)
 
 
-def matching_error(slope, velocity, s):
-    """mean(|slope / s - velocity|^2) / (1 + s^2), (B,), of (B, C, H, W) twice and s (B, 1, 1, 1).
+def matching_error(slope, z, sigma):
+    """mean(|slope / sigma - z|^2) (1 + (sigma / SIGMA_DATA)^2), (B,); sigma is (B, 1, 1, 1).
 
-    Where s is near 1 nothing but the mean of all images can be guessed, and the error stays large;
-    the division lets it count less.
+    As y - slope is a guess of x = y - sigma z, this is the mean square error of that guess, over
+    sigma^2 where there is little noise and over SIGMA_DATA^2 where there is much. The best guess
+    there is the mean of all images, with an error of about SIGMA_DATA^2.
     """
-    error = (slope / s - velocity).square() / (1 + s**2)
+    error = (slope / sigma - z).square() * (1 + (sigma / SIGMA_DATA) ** 2)
     return error.flatten(1).mean(1)
 
 
@@ -224,21 +243,20 @@ def energy_and_gradient(energy, x):
 
 @torch.no_grad()
 def denoise(energy, y):
-    """y - grad E(y), like y: where s is up to 2 smooth, the guess of the image in y (Tweedie)."""
+    """y - grad E(y), like y: the guess of the image in y (Tweedie)."""
     return y - energy_and_gradient(energy, y)[1]
 
 
-def unconstrained(x, s):
+def unconstrained(x, sigma):
     """No constraint."""
     return x
 
 
-def keep_known(truth, known, smooth, generator=None):
+def keep_known(truth, known, generator=None):
     """A constraint that inpaints: where `known`, the truth with as much noise as x has there."""
 
-    def constrain(x, s):
-        z = torch.randn(x.shape, generator=generator, device=x.device)
-        return torch.where(known, on_path(truth, z, torch.as_tensor(s), smooth)[0], x)
+    def constrain(x, sigma):
+        return torch.where(known, add_noise(truth, sigma, generator), x)
 
     return constrain
 
@@ -247,11 +265,11 @@ def keep_known(truth, known, smooth, generator=None):
 def langevin(energy, x, steps, step_size, temperature, generator=None, constrain=unconstrained):
     """Langevin dynamics from x (B, ...): x after `steps` steps, and its energies (B,) before.
 
-    It samples exp(-E / temperature). Around an image E curves as 1 in most directions, as half a
-    squared distance does. A step of size h turns the variance v of such a direction into
+    It samples exp(-E / temperature), nearly. Around an image E curves as 1 in most directions, as
+    half a squared distance does. A step of size h turns the variance v of such a direction into
     (1 - h)^2 v plus that of the noise. With h (2 - h) temperature for the noise, v = temperature
     stays as it is, whatever h; for small h this is the usual 2 h temperature. After each step x
-    becomes constrain(x, s), s being the root of the temperature.
+    becomes constrain(x, sigma), sigma being the root of the temperature.
     """
     noise = math.sqrt(step_size * (2 - step_size) * temperature)
     e_start = torch.zeros(len(x), device=x.device)
@@ -265,15 +283,14 @@ def langevin(energy, x, steps, step_size, temperature, generator=None, constrain
 
 
 @torch.no_grad()
-def descend(energy, y, step_size, end, constrain=unconstrained):
-    """Down the slope from noise y = z (B, ...) to where s of the path is `end` or just below.
+def descend(energy, y, sigma, step_size, end, constrain=unconstrained):
+    """Down the slope from noise y (B, ...) of size sigma to where it is `end` or just below.
 
-    A step makes s smaller by the factor 1 - step_size. After it y becomes constrain(y, s).
+    A step makes sigma smaller by the factor 1 - step_size. After it y becomes constrain(y, sigma).
     """
-    s = 1.0
-    while s > end:
-        s = s * (1 - step_size)
-        y = constrain(y - step_size * energy_and_gradient(energy, y)[1], s)
+    while sigma > end:
+        sigma = sigma * (1 - step_size)
+        y = constrain(y - step_size * energy_and_gradient(energy, y)[1], sigma)
     return y
 
 
@@ -281,13 +298,14 @@ def descend(energy, y, step_size, end, constrain=unconstrained):
 class Settings:
     """Of Langevin dynamics and of the loss; the flags of the same names."""
 
-    steps: int = 10  # K, for each step of training
-    step_size: float = 0.1  # h
-    smooth: float = 0.03  # least s that is taught, noise of chains and data, root of T
+    steps: int = 10  # K, for each step of training in stage 2
+    step_size: float = 0.1  # h, also of the way from noise
+    sigma_max: float = 40.0  # largest noise that is taught, where samples begin
+    smooth: float = 0.03  # least noise that is taught, noise of chains and data, root of T
     fresh: float = 0.01  # share of drawn chains that begin anew in noise
     decoys: float = 0.2  # short chains that begin in decoys, as a share of the others
     weight: float = 0.1  # of the gap
-    focus: float = 0.35  # median s in training
+    focus: float = 0.5  # median sigma in training
 
     def walk(self, energy, x, steps, generator=None, constrain=unconstrained):
         """langevin() with these settings."""
@@ -297,7 +315,8 @@ class Settings:
 
 def draw(energy, z, settings, steps=0, generator=None, constrain=unconstrained):
     """Images in [-1, 1] from standard normal z (B, ...): down the slope, a walk, noise off."""
-    x = descend(energy, z, settings.step_size, settings.smooth, constrain)
+    y = settings.sigma_max * z
+    x = descend(energy, y, settings.sigma_max, settings.step_size, settings.smooth, constrain)
     x, _ = settings.walk(energy, x, steps, generator, constrain)
     return denoise(energy, x).clamp(-1, 1)
 
@@ -305,7 +324,7 @@ def draw(energy, z, settings, steps=0, generator=None, constrain=unconstrained):
 class Buffer(nn.Module):
     """Persistent chains, (N, C, H, W) in fp16, and the last hundred gaps.
 
-    They begin at uint8 images. Each step of the third stage draws some, lets them walk K steps and
+    They begin at uint8 images. Each step of the second stage draws some, lets them walk K steps and
     puts them back. A share, `fresh`, of those drawn begins anew in noise, so a chain walks
     K / fresh steps on average (1,000 by default).
     """
@@ -315,15 +334,15 @@ class Buffer(nn.Module):
         self.register_buffer("chains", dequantise(images).half())
         self.register_buffer("gaps", torch.zeros(100, device=images.device))
 
-    def draw(self, count, fresh, generator=None):
-        """(slots, x): `count` different chains, some of them begun anew."""
+    def draw(self, count, fresh, sigma_max, generator=None):
+        """(slots, x): `count` different chains, some of them begun anew in noise of sigma_max."""
         if count > len(self.chains):
             raise ValueError(f"a buffer of {len(self.chains)} chains is too small for {count}")
         kind = {"generator": generator, "device": self.chains.device}
         slots = torch.randperm(len(self.chains), **kind)[:count]
         x = self.chains[slots].float()
         anew = torch.rand(count, *[1] * (x.dim() - 1), **kind) < fresh
-        return slots, torch.where(anew, torch.randn(x.shape, **kind), x)
+        return slots, torch.where(anew, sigma_max * torch.randn(x.shape, **kind), x)
 
     def put(self, slots, x, gap, good):
         """Keep where chains got to, and the gap, if the step was good, a bool tensor ()."""
@@ -455,38 +474,28 @@ def make_optimizers(net, lr=0.02):
 
 # ------------------------------------------------------------------------------------ training step
 
-STAGES = ["residual", "slope", "chains"]
+STAGES = ["matching", "chains"]
 
 
-def match_loss(net, x, settings, stage, generator=None):
-    """Mean error of the slope (in the first stage, of r) as s dy/ds, on paths to x (B, C, H, W).
-
-    grad E(y) is J^T r(y), with J the Jacobian of r. If y - r(y) were an orthogonal projection, that
-    would be r(y) again. So the first stage fits r, at half the cost, and the second, which fits
-    grad E, need not begin at nothing. From there on r is still taught a little: E would be free to
-    add a constant, and this keeps it near |s dy/ds|^2 / 2.
-    """
-    s = sample_s(len(x), settings.focus, settings.smooth, generator, x.device).view(-1, 1, 1, 1)
+def match_loss(energy, x, settings, generator=None):
+    """Add noise to images x (B, C, H, W): mean matching_error() of the slope there, ()."""
+    most = settings.sigma_max
+    sigma = sample_sigma(len(x), settings.focus, settings.smooth, most, generator, x.device)
+    sigma = sigma.view(-1, 1, 1, 1)
     z = torch.randn(x.shape, generator=generator, device=x.device)
-    y, velocity = on_path(x, z, s, settings.smooth)
-    y.requires_grad_()
-    r = net.residual(y)
-    of_r = matching_error(r, velocity, s).mean()
-    if stage == "residual":
-        return of_r
-    # To learn from the gradient of E = |r|^2 / 2, it is differentiated once more.
-    (slope,) = torch.autograd.grad(r.square().sum() / 2, y, create_graph=True)
-    return matching_error(slope, velocity, s).mean() + 0.1 * of_r
+    y = (x + sigma * z).requires_grad_()
+    (slope,) = torch.autograd.grad(energy(y).sum(), y, create_graph=True)  # to learn from it
+    return matching_error(slope, z, sigma).mean()
 
 
 def chain_loss(net, x, settings, buffer, generator=None):
-    """Contrastive divergence: (loss, terms to log, slots and ends of the chains).
+    """Contrastive divergence: (loss, terms to log, slots and ends of the buffer's chains).
 
     Energies are in units of T dim. In these the noise in data, of std smooth, makes about 1/2, if r
     finds all of it.
     """
     data = add_noise(x, settings.smooth, generator)
-    slots, start = buffer.draw(len(x), settings.fresh, generator)
+    slots, start = buffer.draw(len(x), settings.fresh, settings.sigma_max, generator)
     extra = decoys(x, generator)[: math.ceil(settings.decoys * len(x))]
     start = torch.cat([start, add_noise(extra, settings.smooth, generator)])
     chains, e_start = settings.walk(net, start, settings.steps, generator)
@@ -519,7 +528,7 @@ def training_step(net, optimizers, images, settings, stage, buffer=None, generat
     Returns what is logged, {name: tensor ()}, all 0 but "skipped" if the step was bad.
     """
     x = dequantise(images, generator)
-    match = match_loss(net, x, settings, stage, generator)
+    match = match_loss(net.forward, x, settings, generator)  # not what train() may have compiled
     loss = match
     gap = torch.zeros_like(match)
     recent_gaps = torch.zeros_like(match)
@@ -862,29 +871,22 @@ def build(args, network):
 
 
 def start_buffer(args, images):
-    """A Buffer of --buffer chains that begin at the first images, at each again if they are few."""
+    """A Buffer of --buffer chains, a batch at least, that begin at the first images."""
     count = max(args.buffer, args.batch_size)
     return Buffer(images[torch.arange(count, device=images.device) % len(images)])
 
 
-def stage_starts(args, total):
-    """The steps at which the second and the third stage of a run of `total` steps begin."""
-    slope_from = int(args.residual * total)
-    return {"slope_from": slope_from, "chains_from": max(slope_from, int(args.warm_up * total))}
-
-
 def schedule(step, total, facts):
-    """(stage, steps since its schedule began, steps that this takes, factor of the rate).
+    """(stage, steps since it began, steps that it takes, factor of the learning rate).
 
-    The first two stages share a schedule of the learning rate. That of the chains is a fifth as
-    high: they are to mend what is there.
+    Each stage has a schedule of its own. The rate of the chains is a fifth as high: they are to
+    mend what is there.
     """
     chains_from = facts["chains_from"]
     caution = 0.5 ** facts["failures"]
     if step >= chains_from:
         return "chains", step - chains_from, total - chains_from, 0.2 * caution
-    stage = "slope" if step >= facts["slope_from"] else "residual"
-    return stage, step, chains_from, caution
+    return "matching", step, chains_from, caution
 
 
 def train(args, checkpoint=None):
@@ -906,11 +908,11 @@ def train(args, checkpoint=None):
     data = f"{len(images)} images {fingerprint(images)}"
     facts = {"network": network, "shape": shape, "data": data, "failures": 0}
     run = GuardedRun(args, images, parts, facts, generator)
-    facts.update(stage_starts(args, run.total))
+    facts["chains_from"] = int(args.warm_up * run.total)
     if checkpoint:
         run.restore(checkpoint)  # and the facts
     if args.compile:
-        net.compile()  # for walks, not residual(): compiled code has no second gradient
+        net.compile()  # compiled code has no second gradient: match_loss() takes net.forward
 
     for epoch in run.epochs():
         for batch in run.batches(images):
@@ -924,9 +926,7 @@ def train(args, checkpoint=None):
             update_ema(ema, net, step, args.ema)  # it, too, starts anew with the chains
             run.record(terms)
         run.end_epoch({"failures": facts["failures"]})
-        # In the first stage grad E has not been taught yet.
-        due = (epoch + 1) % args.sample_every == 0 and stage != "residual"
-        if due or epoch + 1 == args.epochs:
+        if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.epochs:
             fixed = torch.Generator(args.device).manual_seed(args.seed)
             x = draw_samples(args, ema, facts, 64, fixed)
             save_grid(x, run.out / f"samples_{epoch + 1:04d}.png")
@@ -943,7 +943,7 @@ def settings_of(args):
 
 
 def draw_samples(args, net, facts, count, generator):
-    """uint8 images (count, C, H, W) from noise, never from the buffer; then --chain steps."""
+    """uint8 images (count, C, H, W) from fresh noise, with --chain steps of a walk on the way."""
     z = torch.randn(count, *facts["shape"], generator=generator, device=args.device)
     return quantise(draw(net, z, settings_of(args), args.chain, generator))
 
@@ -954,8 +954,8 @@ CHAIN_ROWS = [0, 1, 3, 10, 30, 100, 300]  # steps
 def draw_chains(args, net, test, path):
     """Eight chains from noise beside eight from test images, a row for each of CHAIN_ROWS.
 
-    If chains from test images soon look like none, E is lowest elsewhere, and samples are good only
-    if their chains are not too long.
+    If chains from test images soon look like none, p has its mass elsewhere, and samples are good
+    only if their chains are not too long.
     """
     from common import save_grid
 
@@ -963,7 +963,9 @@ def draw_chains(args, net, test, path):
     generator = torch.Generator(args.device).manual_seed(args.seed)
     x = add_noise(dequantise(test[:8], generator), settings.smooth, generator)
     z = torch.randn(8, *x.shape[1:], generator=generator, device=args.device)
-    x = torch.cat([descend(net, z, settings.step_size, settings.smooth), x])
+    y = settings.sigma_max * z
+    y = descend(net, y, settings.sigma_max, settings.step_size, settings.smooth)
+    x = torch.cat([y, x])
     rows = []
     before = 0
     for after in CHAIN_ROWS:
@@ -1004,22 +1006,18 @@ def inpaint(args, net, test):
     known = torch.ones(height, width, dtype=torch.bool, device=args.device)
     known[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = False
     z = torch.randn(truth.shape, generator=generator, device=args.device)
-    constrain = keep_known(truth, known, args.smooth, generator)
+    constrain = keep_known(truth, known, generator)
     x = draw(net, z, settings_of(args), args.chain, generator, constrain)
     x = torch.where(known, truth, x)
     save_triples(truth, torch.where(known, truth, -1), x, Path(args.out) / "inpaint.png")
 
 
 def remove_noise(args, net, test):
-    """--denoise: test images, the same at s = 0.2 of their path, and after one step back."""
+    """--denoise: test images, the same with noise of std 0.2, and after one step back."""
     generator = torch.Generator(args.device).manual_seed(args.seed)
     truth = dequantise(test[:16], generator)
-    s = torch.tensor(0.2)
-    z = torch.randn(truth.shape, generator=generator, device=args.device)
-    noisy, _ = on_path(truth, z, s, args.smooth)
-    # y - s dy/ds = (c - s dc/ds) x, and for x = 1 and z = 0 on_path gives c and dc/ds.
-    c, dc_ds = on_path(1.0, 0.0, s, args.smooth)
-    clean = (denoise(net, noisy) / (c - s * dc_ds)).clamp(-1, 1)
+    noisy = add_noise(truth, 0.2, generator)
+    clean = denoise(net, noisy).clamp(-1, 1)
     save_triples(truth, noisy, clean, Path(args.out) / "denoise.png")
 
     def psnr(x):  # pixels from -1 to 1
@@ -1196,8 +1194,8 @@ def shared_parser(lr):
 USES = ["generate", "evaluate", "inpaint", "denoise"]  # of trained weights
 NETWORK_FLAGS = ["width", "mults", "blocks"]  # cannot be changed when weights are there
 RUN_FLAGS = ["batch_size", "seed", "subset", "buffer"]  # nor can these when training goes on
-RUN_FLAGS += ["smooth", "residual", "warm_up"]
-SETTINGS_FLAGS = ["steps", "step_size", "smooth", "fresh", "decoys", "weight", "focus"]
+RUN_FLAGS += ["sigma_max", "smooth", "warm_up"]
+SETTINGS_FLAGS = ["steps", "step_size", "sigma_max", "smooth", "fresh", "decoys", "weight", "focus"]
 
 
 def make_parser():
@@ -1207,13 +1205,14 @@ def make_parser():
     count = number(int, 1)
     share = number(float, 0, most=1)
     below_1 = number(float, 0, above=True, most=0.9)
+    sigma = number(float, 0, above=True, most=1000)
     widths = numbers(1, most=6)
     add("--width", default=64, type=count, help="channels at full resolution")
     add("--mults", default=[1, 2, 3, 4], type=widths, metavar="M,M,...", help="widths by level")
     add("--blocks", default=2, type=count, help="residual blocks each way at a resolution")
-    add("--residual", default=0.3, type=share, help="share of the run that teaches r alone")
     add("--warm-up", default=0.9, type=share, help="share of the run before there are chains")
-    add("--focus", default=0.35, type=below_1, help="median s in training, higher for plain shapes")
+    add("--focus", default=0.5, type=sigma, help="median noise in training, more for plain shapes")
+    add("--sigma-max", default=40.0, type=sigma, help="std of the most noise, where samples begin")
     add("--steps", default=10, type=count, metavar="K", help="Langevin steps an update")
     add("--step-size", default=0.1, type=below_1, help="h: gradients times this are a step")
     small = number(float, 0, above=True, most=0.4)

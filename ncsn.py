@@ -264,6 +264,9 @@ def measure(images):
     500 images farthest from the mean are compared with all. But it is not less than the distance of
     an image from 0, where the noise has its centre.
     """
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.numel() == 0:
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images must be uint8 (N, C, H, W), 0 to 255, not {found}")
     x = (images.flatten(1) + 0.5) / 128 - 1
     sigma_data = x.square().mean().sqrt().item()
     from_mean = (x - x.mean(0)).norm(dim=1)

@@ -22,8 +22,7 @@ STEPS = 3  # an epoch: 52 images, 16 a step, 4 left out
 TINY = {
     "ncsn": "--width 8 --mults 1,2 --blocks 1",
     "nvae": "--width 4 --groups 1,2 --outer 1 --expand 1",
-    "ebm": "--width 4 --mults 1,2 --blocks 1 --steps 2 --step-size 0.5 --buffer 40 "
-    "--residual 0.2 --warm-up 0.4",
+    "ebm": "--width 4 --mults 1,2 --blocks 1 --steps 2 --step-size 0.5 --buffer 40 --warm-up 0.4",
 }
 
 

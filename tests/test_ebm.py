@@ -170,9 +170,9 @@ def test_langevin_step_by_step_as_written():
     energies_at_start = cubic(x)
     chain = []
 
-    def constrain(x, s):
+    def constrain(x, sigma):
         chain.append(x)
-        assert s == pytest.approx(0.2)
+        assert sigma == pytest.approx(0.2)
         return x
 
     end, e_start = ebm.langevin(cubic, x, 5, 0.1, 0.04, gen(), constrain)
@@ -194,7 +194,7 @@ def test_no_steps_change_nothing():
 
 
 def test_the_next_step_starts_from_what_constrain_returns():
-    def constrain(x, s):
+    def constrain(x, sigma):
         return torch.where(torch.tensor([True, False]), 0.25, x)
 
     start = torch.full((1, 2), 0.5)
@@ -204,47 +204,20 @@ def test_the_next_step_starts_from_what_constrain_returns():
     assert torch.allclose(x, torch.tensor([[0.25, twice]]))
 
 
-def test_descending_shrinks_what_curves_as_1_as_much_as_s():
-    """From s = 1 to the first power of 1 - h that is not above `end`."""
+def test_descending_shrinks_noise_around_an_image_as_much_as_sigma():
+    """From sigma to the first sigma (1 - h)^k that is not above `end`, along a straight line."""
     seen = []
 
-    def constrain(y, s):
-        seen.append(s)
+    def constrain(y, sigma):
+        seen.append(sigma)
         return y
 
-    y = ebm.descend(quadratic(1.0, 0.0), torch.ones(2, 3), 0.1, 0.06, constrain)
-    assert len(seen) == math.ceil(math.log(0.06) / math.log(0.9)) == 27
-    assert torch.allclose(y, torch.full((2, 3), seen[-1]))
-    assert seen == pytest.approx([0.9 ** (k + 1) for k in range(27)])
-
-
-def test_descending_an_exact_slope_ends_at_the_image_of_the_path():
-    """For a single image x, s dy/ds is known at any y: s is |y - c x| / |z|, whatever z."""
-    x = randn(1, 40, seed=2, dtype=torch.float64) / 2
-    z = randn(1, 40, seed=3, dtype=torch.float64)
-    smooth = 0.06
-
-    class Slope(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, y):
-            tries = torch.linspace(0.001, 1, 20_000, dtype=torch.float64)[:, None]
-            path, velocity = ebm.on_path(x, z, tries, smooth)
-            nearest = (path - y).square().sum(1).argmin()
-            ctx.save_for_backward((tries * velocity)[nearest][None])
-            return y.sum(1)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return ctx.saved_tensors[0] * grad[:, None]
-
-    y = ebm.descend(Slope.apply, z, 0.02, 0.06)
-    s = 1.0
-    while s > 0.06:
-        s *= 0.98
-    due, _ = ebm.on_path(x, z, torch.tensor(s), smooth)
-    assert (y - due).abs().max() < 0.05
-    assert (y - x).abs().max() < 0.25
-    assert (z - x).abs().max() > 1
+    z = randn(2, 3)
+    y = ebm.descend(quadratic(1.0, 0.3), 0.3 + 2 * z, 2.0, 0.1, 0.06, constrain)
+    count = math.ceil(math.log(0.06 / 2) / math.log(0.9))
+    assert seen == pytest.approx([2 * 0.9 ** (k + 1) for k in range(count)])
+    assert 0.054 < seen[-1] <= 0.06
+    assert torch.allclose(y, 0.3 + seen[-1] * z, atol=1e-6)
 
 
 def test_energy_and_gradient_are_the_analytic_ones():
@@ -264,7 +237,7 @@ def test_nothing_of_the_network_or_the_caller_changes_while_sampling(mode, fails
     before, start = state(net), x.clone()
     steps = []
 
-    def constrain(x, s):
+    def constrain(x, sigma):
         steps.append(x)
         if fails and len(steps) == 2:
             raise InterruptedError
@@ -291,7 +264,7 @@ def test_sampling_needs_no_no_grad_and_does_not_mind_it(grad):
     settings = ebm.Settings()
     enabled = []
 
-    def constrain(x, s):
+    def constrain(x, sigma):
         enabled.append(torch.is_grad_enabled())
         return x
 
@@ -301,7 +274,7 @@ def test_sampling_needs_no_no_grad_and_does_not_mind_it(grad):
         walked, _ = settings.walk(net, x, 2, gen())
         results = [energy, gradient, end, e_start, walked]
         results.append(ebm.denoise(net, x))
-        results.append(ebm.descend(net, x, 0.1, 0.5))
+        results.append(ebm.descend(net, x, 1.0, 0.1, 0.5))
         results.append(ebm.draw(net, x, settings, 2, gen()))
         assert torch.is_grad_enabled() == grad
     assert not any(result.requires_grad for result in results)
@@ -355,7 +328,7 @@ def test_walk_is_langevin_with_the_settings():
     settings = ebm.Settings(step_size=0.3, smooth=0.2)
     x = rand(3, 2, 4)
 
-    def constrain(x, s):
+    def constrain(x, sigma):
         return x.round(decimals=2)
 
     walked = settings.walk(cubic, x, 4, gen(), constrain)
@@ -365,20 +338,20 @@ def test_walk_is_langevin_with_the_settings():
     assert torch.equal(walked[0], walked[0].round(decimals=2))
 
 
-@pytest.mark.parametrize("s", [0.03, 0.2])
-def test_denoise_finds_the_best_guess_of_a_gaussian(s):
-    """x ~ N(m, v), y = x + s z, E = -s^2 ln p(y): mean(x | y) is known."""
+@pytest.mark.parametrize("sigma", [0.03, 0.2, 3.0])
+def test_denoise_finds_the_best_guess_of_a_gaussian(sigma):
+    """x ~ N(m, v), y = x + sigma z, E = -sigma^2 ln p(y): mean(x | y) is known."""
     m, v = 0.2, 0.01
     y = 3 * rand(9, 1) - 1
-    best = ebm.denoise(quadratic(s**2 / (v + s**2), m), y)
-    assert torch.allclose(best, m + v / (v + s**2) * (y - m), atol=1e-5)
+    best = ebm.denoise(quadratic(sigma**2 / (v + sigma**2), m), y)
+    assert torch.allclose(best, m + v / (v + sigma**2) * (y - m), atol=1e-5)
 
 
 def test_draw_descends_walks_and_takes_the_noise_off():
-    settings = ebm.Settings(step_size=0.1, smooth=0.5)
+    settings = ebm.Settings(step_size=0.1, sigma_max=3.0, smooth=0.5)
     energy = quadratic(0.5, 0.9)
     z = randn(30, 2, 4)
-    descended = ebm.descend(energy, z, 0.1, 0.5)
+    descended = ebm.descend(energy, 3 * z, 3.0, 0.1, 0.5)
     walked, _ = settings.walk(energy, descended, 3, gen())
     due = walked - 0.5 * (walked - 0.9)
     assert 0 < (due.abs() > 1).float().mean() < 0.5  # samples are in [-1, 1] all the same
@@ -461,7 +434,7 @@ def test_contrastive_divergence_recovers_mean_and_temperature_over_variance():
         for group, lr in zip(optimizer.param_groups, (8e-3, 5e-3), strict=True):
             group["lr"] = lr * (1 - step / 500)
         data = 0.55 + math.sqrt(v) * torch.randn(1000, 1, generator=g)
-        slots, x = buffer.draw(len(data), 0.0, g)
+        slots, x = buffer.draw(len(data), 0.0, 1.0, g)
         x, _ = ebm.langevin(energy, x, 10, h, t, g)
         optimizer.zero_grad()
         gap, *_ = ebm.contrastive_divergence(energy, data, x, t, 1e9)
@@ -477,107 +450,86 @@ def test_contrastive_divergence_recovers_mean_and_temperature_over_variance():
     assert mean == pytest.approx(0.55, abs=0.005)
 
 
-# ------------------------------------------------------------------------------- path and slope
+# ------------------------------------------------------------------------------------- matching
 
 
-def test_the_path_leads_from_noise_to_images_and_its_velocity_is_its_derivative():
-    x = randn(5, 4, dtype=torch.float64)
-    z = randn(5, 4, seed=2, dtype=torch.float64)
-
-    def at(s):
-        return ebm.on_path(x, z, torch.full((5, 1), s, dtype=torch.float64), 0.1)
-
-    assert torch.allclose(at(0.0)[0], x)
-    assert torch.allclose(at(1.0)[0], z)
-    for s in 0.02, 0.1, 0.2, 0.3, 0.9:
-        slope = (at(s + 1e-6)[0] - at(s - 1e-6)[0]) / 2e-6
-        assert torch.allclose(at(s)[1], slope, atol=1e-4)
-    for s in 0.02, 0.1, 0.2:  # images keep their contrast up to twice the noise of walks
-        assert torch.allclose(at(s)[0], x + s * z)
-        assert torch.allclose(at(s)[1], z)
-    assert not torch.allclose(at(0.3)[0], x + 0.3 * z, atol=1e-3)
+def test_noise_in_training_is_logistic_and_stratified():
+    sigma = ebm.sample_sigma(1000, 0.5, 1e-9, 1e9, gen())
+    u = torch.sigmoid((sigma.double() / 0.5).log() / 0.8)
+    assert ((u.sort().values * 1000).floor() == torch.arange(1000)).float().mean() > 0.99
+    assert sigma.median().item() == pytest.approx(0.5, rel=0.01)
+    quartiles = sigma.quantile(torch.tensor([0.25, 0.75]))
+    assert torch.allclose(quartiles, torch.tensor([0.2, 1.2]), atol=0.02)
+    assert (u[:-1] - u[1:]).abs().mean() > 0.2  # in no order
+    clamped = ebm.sample_sigma(1001, 2.0, 0.2, 7.0, gen())
+    assert clamped.min().item() == pytest.approx(0.2)
+    assert clamped.max().item() == pytest.approx(7.0)
+    assert clamped.median().item() == pytest.approx(2.0, rel=0.01)
 
 
-def test_places_on_the_path_are_logistic_and_stratified():
-    s = ebm.sample_s(1000, 0.35, 1e-9, gen())
-    u = torch.sigmoid((torch.logit(s.double()) - math.log(0.35 / 0.65)) / 0.8)
-    assert ((u.sort().values * 1000).floor() == torch.arange(1000)).float().mean() > 0.999
-    assert s.median().item() == pytest.approx(0.35, abs=0.01)
-    quartiles = s.quantile(torch.tensor([0.25, 0.75]))
-    assert torch.allclose(quartiles, torch.tensor([0.18, 0.56]), atol=0.01)
-    assert (s[:-1] - s[1:]).abs().mean() > 0.1  # in no order
-    assert ebm.sample_s(1000, 0.35, 0.2, gen()).min().item() == pytest.approx(0.2)
-    assert ebm.sample_s(1001, 0.6, 0.01, gen()).median().item() == pytest.approx(0.6, abs=0.01)
+def test_the_error_of_a_slope_is_that_of_the_guessed_image():
+    """Over sigma^2 and over SIGMA_DATA^2, both."""
+    x, z, slope = randn(3, 3, 2, 4, 4, dtype=torch.float64)
+    sigma = torch.tensor([0.1, 0.5, 30.0], dtype=torch.float64).view(3, 1, 1, 1)
+    error = ebm.matching_error(slope, z, sigma)
+    guess = x + sigma * z - slope
+    of_image = (guess - x).square().mean((1, 2, 3))
+    due = of_image / sigma.flatten() ** 2 + of_image / ebm.SIGMA_DATA**2
+    assert torch.allclose(error, due)
+    assert ebm.matching_error(sigma * z, z, sigma).max() < 1e-20
 
 
-def test_the_error_of_a_slope_is_the_mean_square_that_it_says():
-    slope, velocity = randn(2, 3, 2, 4, 4, dtype=torch.float64)
-    s = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64).view(3, 1, 1, 1)
-    error = ebm.matching_error(slope, velocity, s)
-    assert error.shape == (3,)
-    for i, place in enumerate([0.1, 0.5, 1.0]):
-        due = (slope[i] / place - velocity[i]).square().mean() / (1 + place**2)
-        assert error[i].item() == pytest.approx(due.item())
-    assert ebm.matching_error(s * velocity, velocity, s).max() < 1e-20
-
-
-@pytest.mark.parametrize("s", [0.05, 0.3])
-def test_the_best_slope_makes_the_best_guess_of_a_gaussian(s):
-    """x ~ N(m, v), s below smooth: E = c / 2 (y - m)^2 has the least error at c = s^2 / (v + s^2),
-    where y - grad E(y) is the mean of x given y. The error is a parabola in c."""
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 3.0])
+def test_the_best_slope_makes_the_best_guess_of_a_gaussian(sigma):
+    """x ~ N(m, v): E = c / 2 (y - m)^2 has the least error at c = sigma^2 / (v + sigma^2), where
+    y - grad E(y) is the mean of x given y. The error is a parabola in c."""
     v, m = 0.04, 0.6
     x = m + math.sqrt(v) * randn(200_000, 1, dtype=torch.float64)
     z = randn(200_000, 1, seed=2, dtype=torch.float64)
-    places = torch.full_like(x, s)
-    y, velocity = ebm.on_path(x, z, places, 0.3)
-    due = s**2 / (v + s**2)
+    y = x + sigma * z
+    due = sigma**2 / (v + sigma**2)
     errors = []
     for c in 0.0, due, 2 * due:
-        errors.append(ebm.matching_error(c * (y - m), velocity, places).mean().item())
+        error = ebm.matching_error(c * (y - m), z, torch.full_like(x, sigma))
+        errors.append(error.mean().item())
     low, middle, high = errors
     least = due + due * (low - high) / (2 * (low + high - 2 * middle))
     assert least == pytest.approx(due, rel=0.02)
     assert middle < min(low, high)
 
 
-@pytest.mark.parametrize("stage", ["residual", "slope", "chains"])
-def test_the_loss_of_the_path_is_as_written(monkeypatch, stage):
-    """Of r itself in the first stage; then of the gradient of |r|^2 / 2, with a tenth of that."""
+def test_the_matching_loss_is_as_written(monkeypatch):
     net = network()
-    settings = ebm.Settings(smooth=0.1, focus=0.4)
-    path = Calls(monkeypatch, "on_path")
-    places = Calls(monkeypatch, "sample_s")
+    settings = ebm.Settings(smooth=0.1, focus=0.4, sigma_max=9.0)
+    noise = Calls(monkeypatch, "sample_sigma")
+    error = Calls(monkeypatch, "matching_error")
     x = rand(4, 3, 8, 8)
-    loss = ebm.match_loss(net, x, settings, stage, gen())
-    (seen,) = path.arguments
-    (asked,) = places.arguments
-    assert seen["x"] is x
-    assert seen["smooth"] == 0.1
-    assert (asked["count"], asked["median"], asked["least"]) == (4, 0.4, 0.1)
-    y, velocity = path.real(**seen)
-    r = net.residual(y.detach())
-    of_r = ebm.matching_error(r, velocity, seen["s"]).mean()
-    _, slope = ebm.energy_and_gradient(net, y)
-    of_slope = ebm.matching_error(slope, velocity, seen["s"]).mean()
-    due = of_r if stage == "residual" else of_slope + 0.1 * of_r
+    loss = ebm.match_loss(net, x, settings, gen())
+    (asked,) = noise.arguments
+    assert (asked["count"], asked["median"]) == (4, 0.4)
+    assert (asked["least"], asked["most"]) == (0.1, 9.0)
+    (seen,) = error.arguments
+    assert seen["z"].std().item() == pytest.approx(1, abs=0.1)
+    _, slope = ebm.energy_and_gradient(net, x + seen["sigma"] * seen["z"])
+    assert torch.allclose(seen["slope"], slope, atol=1e-5)
+    due = error.real(slope, seen["z"], seen["sigma"]).mean()
     assert loss.item() == pytest.approx(due.item(), rel=1e-4)
-    assert of_r.item() != pytest.approx(of_slope.item(), rel=1e-2)
     loss.backward()
     assert idle(net) == []
     assert not x.requires_grad
 
 
 def test_to_learn_from_a_slope_it_is_differentiated_once_more():
-    """The gradient of the loss of the path in a weight is that of finite differences."""
+    """The gradient of the matching loss in a weight is that of finite differences."""
     net = network(width=4, mults=(1,)).double()
     x = rand(2, 3, 4, 4, dtype=torch.float64)
     weight = net.down[0][0].conv1.weight
-    ebm.match_loss(net, x, ebm.Settings(), "slope", gen()).backward()
+    ebm.match_loss(net, x, ebm.Settings(), gen()).backward()
     losses = []
     for change in 1e-5, -2e-5:
         with torch.no_grad():
             weight[1, 2, 0, 1] += change
-        losses.append(ebm.match_loss(net, x, ebm.Settings(), "slope", gen()).item())
+        losses.append(ebm.match_loss(net, x, ebm.Settings(), gen()).item())
     assert weight.grad[1, 2, 0, 1].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-3)
 
 
@@ -605,12 +557,12 @@ def test_buffer_draws_without_replacement_from_slots_that_it_names():
     buffer = some_chains(50, 2, 4, 4)
     g = gen(1)
     before = state(buffer)
-    slots, x = buffer.draw(20, 0.0, g)
+    slots, x = buffer.draw(20, 0.0, 2.0, g)
     assert len(slots.unique()) == 20
     assert x.dtype == torch.float32
     assert torch.equal(x, before["chains"][slots].float())
     assert same(before, state(buffer))
-    drawn = [buffer.draw(20, 0.0, g)[0] for _ in range(20)]
+    drawn = [buffer.draw(20, 0.0, 2.0, g)[0] for _ in range(20)]
     assert len(torch.cat(drawn).unique()) == 50
 
 
@@ -618,7 +570,7 @@ def test_buffer_keeps_what_is_put_there_and_nothing_else_changes():
     buffer = some_chains(50, 2, 4, 4)
     remember(buffer, [float(i) for i in range(1, 101)])
     due = buffer.chains.clone()
-    slots, _ = buffer.draw(20, 0.0, gen(1))
+    slots, _ = buffer.draw(20, 0.0, 2.0, gen(1))
     x = 1.5 * randn(20, 2, 4, 4, seed=5)  # beyond [-1, 1], too
     due[slots] = x.half()
     buffer.put(slots, x, torch.tensor(0.7), YES)
@@ -648,7 +600,7 @@ def test_a_binomial_share_of_the_chains_starts_anew_in_noise(fresh):
     g = gen(1)
     counts = []
     for _ in range(10):
-        _, x = buffer.draw(1000, fresh, g)
+        _, x = buffer.draw(1000, fresh, 3.0, g)
         old = (x == 7).flatten(1)
         assert torch.equal(old.all(1), old.any(1))
         counts.append((~old.all(1)).sum().item())
@@ -658,8 +610,8 @@ def test_a_binomial_share_of_the_chains_starts_anew_in_noise(fresh):
     assert 0.4 * sigma <= spread <= 2 * sigma  # by chance, not so many each time, or all
     if fresh == 0.5:
         new = x[~old.all(1)]
-        assert new.mean().item() == pytest.approx(0, abs=0.1)
-        assert new.std().item() == pytest.approx(1, abs=0.1)
+        assert new.mean().item() == pytest.approx(0, abs=0.3)
+        assert new.std().item() == pytest.approx(3, abs=0.3)
     assert (buffer.chains == 7).all()  # until they are written back
 
 
@@ -669,7 +621,8 @@ def test_the_state_of_a_buffer_can_be_kept():
     other = ebm.Buffer(rand_bytes(300, 3, 8, 8, seed=4))
     other.load_state_dict(buffer.state_dict())
     assert torch.equal(sorted_gaps(other), sorted_gaps(buffer))
-    for ours, theirs in zip(buffer.draw(9, 0.3, gen(2)), other.draw(9, 0.3, gen(2)), strict=True):
+    drawn = [each.draw(9, 0.3, 2.0, gen(2)) for each in (buffer, other)]
+    for ours, theirs in zip(*drawn, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -699,11 +652,10 @@ def test_images_of_any_channels_and_size_train_and_can_be_drawn(shape, stage, am
     net = ebm.EnergyNet(width=4, mults=(1, 2, 2), blocks=1, channels=shape[0], amp=amp)
     images = rand_bytes(4, *shape)
     z = randn(4, *shape)
-    assert not net(z).any()  # flat at first
-    settings = ebm.Settings(steps=2)
+    settings = ebm.Settings(steps=2, smooth=0.4)  # E of these images is large, in units of T
     buffer = some_chains(6, *shape) if stage == "chains" else None
     for _ in range(2):
-        ebm.training_step(net, [adam(net)], images, settings, "residual")
+        ebm.training_step(net, [adam(net)], images, settings, "matching")
         terms = ebm.training_step(net, [adam(net)], images, settings, stage, buffer)
         assert terms["skipped"] == 0
         assert all(value.shape == () and value.isfinite() for value in terms.values())
@@ -724,7 +676,7 @@ def test_a_size_that_cannot_be_halved_often_enough_is_a_clear_error(shape, said)
         net(rand(2, 3, *shape))
     with pytest.raises(ValueError, match=said):
         images = rand_bytes(2, 3, *shape)
-        ebm.training_step(net, [adam(net)], images, ebm.Settings(), "slope")
+        ebm.training_step(net, [adam(net)], images, ebm.Settings(), "matching")
     assert same(before, state(net))
     assert network(mults=(1, 2))(rand(2, 3, *shape)).shape == (2,)
 
@@ -762,7 +714,7 @@ def test_a_training_step_with_chains_is_as_written(monkeypatch):
     gap, e_data, e_chains = divergence.real(twin, diverged["data"], ends, unit)
     (matched,) = matching.arguments
     g.set_state(matching.random[0])
-    match = matching.real(twin, matched["x"], settings, "chains", g)
+    match = matching.real(twin, matched["x"], settings, g)
     loss = match + 50.0 * gap
     loss.backward()
     assert nn.utils.clip_grad_norm_(twin.parameters(), 1.0) > 1
@@ -785,7 +737,7 @@ def test_a_training_step_with_chains_is_as_written(monkeypatch):
     assert torch.equal(remembered, terms["gap"][None])
 
 
-def test_data_get_noise_as_chains_have_and_paths_begin_at_clean_ones(monkeypatch):
+def test_data_get_noise_as_chains_have_and_matching_begins_at_clean_ones(monkeypatch):
     divergence = Calls(monkeypatch, "contrastive_divergence")
     matching = Calls(monkeypatch, "match_loss")
     settings = ebm.Settings(steps=1, smooth=0.1)
@@ -806,7 +758,7 @@ def test_some_chains_start_in_noise_and_others_in_decoys_with_the_noise_of_data(
     net = network(channels=1)
     buffer = some_chains(600, 1, 4, 4)
     buffer.chains.fill_(7)
-    settings = ebm.Settings(steps=1, fresh=0.3, decoys=decoys, smooth=0.01)
+    settings = ebm.Settings(steps=1, fresh=0.3, decoys=decoys, smooth=0.01, sigma_max=20.0)
     black = torch.zeros(600, 1, 4, 4, dtype=torch.uint8)
     ebm.training_step(net, [adam(net)], black, settings, "chains", buffer, gen(1))
     x = walk.arguments[0]["x"]
@@ -815,13 +767,12 @@ def test_some_chains_start_in_noise_and_others_in_decoys_with_the_noise_of_data(
     decoy = ((x + 1).abs() < 0.1).flatten(1).all(1)
     assert decoy.sum() == count
     assert old.sum().item() == pytest.approx(420, abs=45)
-    assert x[~old & ~decoy].std().item() == pytest.approx(1, abs=0.05)
+    assert x[~old & ~decoy].std().item() == pytest.approx(20, abs=1)
     if count == 300:
         assert (x[decoy] + 1 - 1 / 256).std().item() == pytest.approx(0.01, rel=0.2)
 
 
-@pytest.mark.parametrize("stage", ["residual", "slope"])
-def test_before_their_stage_there_are_no_chains(monkeypatch, stage):
+def test_before_their_stage_there_are_no_chains(monkeypatch):
     walk = Calls(monkeypatch, "langevin")
     divergence = Calls(monkeypatch, "contrastive_divergence")
     matching = Calls(monkeypatch, "match_loss")
@@ -834,7 +785,7 @@ def test_before_their_stage_there_are_no_chains(monkeypatch, stage):
 
     monkeypatch.setattr(ebm, "energy_and_gradient", step)
     buffer = some_chains(6, 3, 8, 8)
-    terms = ebm.training_step(net, [adam(net)], images, ebm.Settings(), stage, buffer, gen(1))
+    terms = ebm.training_step(net, [adam(net)], images, ebm.Settings(), "matching", buffer, gen(1))
     assert walk.arguments == divergence.arguments == []
     assert len(matching.arguments) == 1
     assert set(terms) == {"match", "train loss", "skipped"}
@@ -844,8 +795,7 @@ def test_before_their_stage_there_are_no_chains(monkeypatch, stage):
     assert not same(before, weights(net))
 
 
-@pytest.mark.parametrize("stage", ["residual", "slope"])
-def test_the_slope_learns_to_take_noise_off(stage):
+def test_the_slope_learns_to_take_noise_off():
     """In a few steps, of images that are all grey: mean((denoise(y) - x)^2) against that of y."""
     torch.manual_seed(0)
     net = ebm.EnergyNet(width=8, mults=(1, 2), blocks=1, channels=1)
@@ -853,12 +803,11 @@ def test_the_slope_learns_to_take_noise_off(stage):
     grey = torch.full((16, 1, 8, 8), 128, dtype=torch.uint8)
     optimizer = adam(net, 3e-3)
     for step in range(200):
-        now = "residual" if step < 100 else stage
-        terms = ebm.training_step(net, [optimizer], grey, settings, now, None, gen(step))
+        terms = ebm.training_step(net, [optimizer], grey, settings, "matching", None, gen(step))
     x = ebm.dequantise(grey, gen(2))
     y = x + 0.2 * randn(*x.shape, seed=3)
     error = (ebm.denoise(net, y) - x).square().mean()
-    assert error < 0.3 * 0.2**2
+    assert error < 0.4 * 0.2**2
     assert terms["match"] < 0.5
 
 
@@ -925,7 +874,7 @@ def small_step(with_buffer=True):
     net = network(kind=Spoiled)
     buffer = some_chains(9, 3, 8, 8) if with_buffer else None
     optimizers = ebm.make_optimizers(net)
-    stage = "chains" if with_buffer else "slope"
+    stage = "chains" if with_buffer else "matching"
     settings = ebm.Settings(steps=2, smooth=0.4)
     parts = net, optimizers, rand_bytes(4, 3, 8, 8), settings, stage, buffer, gen(1)
     for _ in range(2):
@@ -1088,9 +1037,9 @@ def test_weights_that_are_not_finite_are_trouble(tmp_path, value):
 @pytest.mark.parametrize("stage", ebm.STAGES)
 def test_a_healthy_step_is_no_trouble(tmp_path, stage):
     net = network()
-    nn.init.zeros_(net.out.weight)  # a flat energy, as at first
+    nn.init.zeros_(net.out.weight)  # as at first
     images = rand_bytes(4, 3, 8, 8)
-    settings, buffer = ebm.Settings(steps=2), some_chains(9, 3, 8, 8)
+    settings, buffer = ebm.Settings(steps=2, smooth=0.4), some_chains(9, 3, 8, 8)
     terms = ebm.training_step(net, [adam(net)], images, settings, stage, buffer, gen(1))
     assert trouble_after(tmp_path, [terms], net) == ""
 
@@ -1114,6 +1063,48 @@ def test_energy_is_half_the_square_of_the_residual():
     assert torch.allclose(net(x), net.residual(x).square().sum((1, 2, 3)) / 2)
     assert net.residual(x).shape == x.shape
     assert net(x).shape == (3,)
+
+
+def test_the_guess_of_noise_is_exact_on_slopes_and_a_little_high_on_edges():
+    """Noise alone, and on planes, whose second difference is 0."""
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    plane = (rows - 2 * columns) / 64
+    for sigma in 0.1, 3.0, 40.0:
+        z = sigma * randn(200, 3, 32, 32)
+        for x in z, plane + z:
+            guess = ebm.noise_variance(x)
+            assert guess.shape == (200, 1, 1, 1)
+            assert guess.mean().item() == pytest.approx(sigma**2 + 1e-4, rel=0.01)
+            assert guess.std() < 0.1 * guess.mean()
+    square = torch.zeros(1, 1, 32, 32)
+    square[..., 8:16, 8:16] = 1
+    corners = 4 / 31**2
+    assert ebm.noise_variance(square).item() == pytest.approx(corners / 4 + 1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.03, 0.5, 40.0])
+def test_the_unet_sees_and_gives_values_near_1_at_every_noise(monkeypatch, sigma):
+    """If the U-Net gives 0, y - r is the best guess that is a multiple of y. What that lacks has a
+    mean square that the U-Net's output of 1 makes up for, and y, as it sees it, has one of 1."""
+    x = 0.5 * randn(400, 1, 4, 4, dtype=torch.float64)
+    y = x + sigma * randn(400, 1, 4, 4, seed=2, dtype=torch.float64)
+    net = network(channels=1)
+    exact = torch.full((400, 1, 1, 1), sigma**2, dtype=torch.float64)
+    monkeypatch.setattr(ebm, "noise_variance", lambda y: exact)
+    seen = []
+
+    def unet(y):
+        seen.append(y)
+        return torch.zeros_like(y)
+
+    monkeypatch.setattr(net, "unet", unet)
+    guess = y - net.residual(y)
+    assert torch.allclose(guess, 0.25 / (0.25 + sigma**2) * y)
+    assert seen[0].square().mean().item() == pytest.approx(1, rel=0.05)
+    monkeypatch.setattr(net, "unet", torch.ones_like)
+    output = net.residual(y) - (y - guess)
+    lack = (x - guess).square().mean()
+    assert output.square().mean().item() == pytest.approx(lack.item(), rel=0.05)
 
 
 def test_every_layer_matters():
@@ -1212,7 +1203,7 @@ def test_inpainting_keeps_the_known_and_samples_the_rest_given_it():
     truth = torch.tensor([[0.5, 9.0]]).expand(4000, 2)
     known = torch.tensor([True, False])
 
-    def exactly(x, s):
+    def exactly(x, sigma):
         return torch.where(known, truth, x)
 
     start = exactly(randn(4000, 2), 1.0)
@@ -1222,12 +1213,11 @@ def test_inpainting_keeps_the_known_and_samples_the_rest_given_it():
     assert x[:, 1].std().item() == pytest.approx(math.sqrt(t / c * (1 - r**2)), rel=0.06)
 
 
-def test_known_pixels_are_as_noisy_as_the_path_is_there():
+def test_known_pixels_are_as_noisy_as_the_rest():
     truth = torch.full((4000, 2), 0.8)
-    constrain = ebm.keep_known(truth, torch.tensor([True, False]), 0.06, gen())
-    for s in 0.9, 0.3, 0.03:
-        x = constrain(torch.full((4000, 2), 5.0), s)
-        due, _ = ebm.on_path(torch.tensor(0.8), torch.tensor(0.0), torch.tensor(s), 0.06)
+    constrain = ebm.keep_known(truth, torch.tensor([True, False]), gen())
+    for sigma in 9.0, 0.3, 0.03:
+        x = constrain(torch.full((4000, 2), 5.0), sigma)
         assert (x[:, 1] == 5).all()
-        assert x[:, 0].mean().item() == pytest.approx(due.item(), abs=4 * s / 60)
-        assert x[:, 0].std().item() == pytest.approx(s, rel=0.05)
+        assert x[:, 0].mean().item() == pytest.approx(0.8, abs=4 * sigma / 60)
+        assert x[:, 0].std().item() == pytest.approx(sigma, rel=0.05)

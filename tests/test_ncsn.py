@@ -195,6 +195,20 @@ def share_below(sigma, median):
     return 1 / (1 + (median / sigma) ** (1 / 0.7))
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.rand(5, 1, 4, 4),
+        torch.zeros(5, 4, 4, dtype=torch.uint8),
+        torch.zeros(0, 1, 4, 4).byte(),
+    ],
+)
+def test_only_bytes_are_measured(images):
+    """Floats from 0 to 1, taken as bytes, would all be nearly black."""
+    with pytest.raises(ValueError, match="uint8"):
+        ncsn.measure(images)
+
+
 def test_sigmas_are_stratified():
     """Each of 1000 slices of the distribution has one, anywhere in it; the order is by chance."""
     drawn = ncsn.sample_sigma(1000, 0.5, 1e9, generator=gen()).double()

@@ -468,7 +468,7 @@ def test_training_steps_read_nothing_back(run, monkeypatch):
         run.at[k] = begin
         if k % STEPS == STEPS - 1:
             run.after[k] = end
-    chains = "--residual 0 --warm-up 0" if run.name == "ebm" else ""  # drawn before they begin
+    chains = "--warm-up 0" if run.name == "ebm" else ""  # drawn before they begin
     with reads:
         assert run.train(f"--epochs 2 --out r {chains}") == 0
     assert run.steps == 2 * STEPS
@@ -601,15 +601,15 @@ def test_the_third_divergence_ends_with_one_clear_error(run, trained, dies):
 @only("ebm")
 def test_stages_follow_each_other_and_the_rate_starts_anew_with_the_chains(run, monkeypatch):
     stages = []
-    match_loss = run.module.match_loss
+    training_step = run.module.training_step
 
-    def watched_match_loss(net, x, settings, stage, generator):
+    def watched_step(net, optimizers, batch, settings, stage, buffer, generator):
         stages.append(stage)
-        return match_loss(net, x, settings, stage, generator)
+        return training_step(net, optimizers, batch, settings, stage, buffer, generator)
 
-    monkeypatch.setattr(run.module, "match_loss", watched_match_loss)
-    assert run.train("--epochs 3 --residual 0.3 --warm-up 0.6 --lr 0.5 --out r") == 0
-    assert stages == 2 * ["residual"] + 3 * ["slope"] + 4 * ["chains"]
+    monkeypatch.setattr(run.module, "training_step", watched_step)
+    assert run.train("--epochs 3 --warm-up 0.6 --lr 0.5 --out r") == 0
+    assert stages == 5 * ["matching"] + 4 * ["chains"]
     factor = run.module.warmup_cosine
     due = [0.5 * factor(step, 5) for step in range(5)]
     due += [0.1 * factor(step, 4) for step in range(4)]
@@ -617,10 +617,9 @@ def test_stages_follow_each_other_and_the_rate_starts_anew_with_the_chains(run, 
     rows = log("r")
     assert [row["gap"] != "" for row in rows] == [False, True, True]
     stages.clear()
-    assert run.train("--epochs 1 --residual 0 --warm-up 0 --out s") == 0
-    assert run.train("--epochs 1 --residual 1 --warm-up 1 --out t") == 0
-    assert run.train("--epochs 1 --residual 1 --warm-up 0 --out u") == 0
-    assert stages == 3 * ["chains"] + 6 * ["residual"]
+    assert run.train("--epochs 1 --warm-up 0 --out s") == 0
+    assert run.train("--epochs 1 --warm-up 1 --out t") == 0
+    assert stages == 3 * ["chains"] + 3 * ["matching"]
 
 
 @only("ebm")

@@ -123,7 +123,7 @@ OWN_ERRORS = {
         "--step-size 1": "--step-size",
         "--chain -1": "--chain",
         "--focus 0": "--focus",
-        "--residual 2": "--residual",
+        "--sigma-max 0": "--sigma-max",
         "--buffer 0": "--buffer",
         "--warm-up -1": "--warm-up",
         "--fresh -1": "--fresh",
