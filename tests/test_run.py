@@ -633,6 +633,14 @@ def test_more_epochs_bring_no_second_warm_up(run):
 @only("ebm")
 def test_noise_of_training_cannot_be_changed(run, trained, dies):
     assert "--smooth" in dies(run.main, "--resume --epochs 3 --out r --smooth 0.1")
+    assert "--sigma-max" in dies(run.main, "--resume --epochs 3 --out r --sigma-max 9")
+
+
+@only("ebm")
+def test_the_least_noise_is_below_the_most(run, dies):
+    line = dies(run.main, "--smooth 0.2 --sigma-max 0.1 --out r")
+    assert "--smooth 0.2 must be below --sigma-max 0.1" in line
+    assert not Path("r").exists()
 
 
 # ---- nvae.py's warm-up ----
