@@ -303,7 +303,7 @@ class Settings:
     sigma_max: float = 40.0  # largest noise that is taught, where samples begin
     smooth: float = 0.03  # least noise that is taught, noise of chains and data, root of T
     fresh: float = 0.01  # share of drawn chains that begin anew in noise
-    decoys: float = 0.2  # short chains that begin in decoys, as a share of the others
+    decoys: float = 0.5  # short chains that begin in decoys, as a share of the others
     weight: float = 0.1  # of the gap
     focus: float = 0.5  # median sigma in training
 
@@ -352,15 +352,16 @@ class Buffer(nn.Module):
 
 
 def decoys(x, generator=None):
-    """Of images (B, C, H, W): with 1, 2x2, 4x4 or 8x8 pixels, or mixed with another, by chance.
+    """Of images (B, C, H, W): mixed with another or, as often, with 1, 2x2, 4x4 or 8x8 pixels.
 
     Nothing in a flat or mixed image looks wrong to r, so E is low there, though no image is like
     that. Walks from noise or images hardly get there to have it mended. So samples do not suffer
     from it, but an energy is also to tell images from others.
     """
     size = x.shape[2:]
-    versions = [interpolate(adaptive_avg_pool2d(x, n), size) for n in (1, 2, 4, 8)]
-    versions = torch.stack([*versions, (x + x.roll(1, 0)) / 2])
+    flat = [interpolate(adaptive_avg_pool2d(x, n), size) for n in (1, 2, 4, 8)]
+    mixed = (x + x.roll(1, 0)) / 2
+    versions = torch.stack([*flat, *len(flat) * [mixed]])
     choice = torch.randint(len(versions), (len(x),), generator=generator, device=x.device)
     return versions[choice, torch.arange(len(x), device=x.device)]
 
@@ -1222,7 +1223,7 @@ def make_parser():
     add("--weight", default=0.1, type=number(float, 0), help="of the gap, in units of T dim")
     add("--buffer", default=1000, type=count, help="persistent chains")
     add("--fresh", default=0.01, type=share, help="share of drawn chains that begin anew in noise")
-    add("--decoys", default=0.2, type=share, help="chains from decoys, as a share of the others")
+    add("--decoys", default=0.5, type=share, help="chains from decoys, as a share of the others")
     add("--chain", default=0, type=number(int, 0), help="Langevin steps after the way from noise")
     add("--inpaint", action="store_true", help="only complete test images without their middle")
     add("--denoise", action="store_true", help="only take noise off test images")
