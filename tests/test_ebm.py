@@ -359,6 +359,35 @@ def test_draw_descends_walks_and_takes_the_noise_off():
     assert torch.allclose(drawn, due.clamp(-1, 1), atol=1e-5)
 
 
+def test_descending_is_guided_except_in_much_noise():
+    """By E and E_early with slopes x - 0.5 and 3 (x - 0.5), at strength 1.5: together 0."""
+    guided_energy = ebm.guide(quadratic(1.0), quadratic(3.0), 1.5)
+    x = randn(5, 3)
+    assert torch.allclose(guided_energy(x), torch.zeros(5), atol=1e-5)
+    for sigma, guided in (4.0, False), (2.1, False), (1.9, True), (0.1, True):
+        y = ebm.descend(quadratic(1.0), x, sigma, 0.1, 0.95 * sigma, guided_energy=guided_energy)
+        assert torch.allclose(y, x if guided else x - 0.1 * (x - 0.5), atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.8])
+def test_draw_asks_the_early_energy_if_there_is_guidance(guidance):
+    settings = ebm.Settings(sigma_max=5.0, guidance=guidance)
+    count = 0
+
+    def early(x):
+        nonlocal count
+        count += 1
+        return quadratic(0.9)(x)
+
+    z = randn(4, 2, 4)
+    x = ebm.draw(quadratic(1.0), z, settings, early=early)
+    if guidance == 1:
+        assert count == 0
+        assert torch.equal(x, ebm.draw(quadratic(1.0), z, settings))
+    else:
+        assert count == sum(settings.smooth < 5 * 0.9**k <= 2 for k in range(60)) == 40
+
+
 def test_chains_rest_with_noise_of_std_smooth_in_a_bowl():
     """That curves as 1, at the temperature smooth^2."""
     settings = ebm.Settings(smooth=0.03)

@@ -600,6 +600,38 @@ def test_sample_walks_down_from_sigma_max_times_z_by_the_sampler_named():
         assert torch.equal(x, ncsn.langevin(score, 13.0 * z, levels, *settings, gen()))
 
 
+def test_guidance_leads_from_the_early_guess_past_the_later_except_in_much_noise():
+    net = SimpleNamespace(score=lambda y, sigma: 2 * y, sigma_data=0.5, sigma_max=9.0)
+    early = SimpleNamespace(score=lambda y, sigma: 5 * y)
+    y = randn(3, 3, 4, 4)
+    guided = ncsn.Guided(net, early, strength=1.5, most=6.0)
+    assert guided.sigma_max == 9
+    for sigma in 0.01, 1.0, 2.9:
+        assert torch.allclose(guided.score(y, sigma), 5 * y + 1.5 * (2 * y - 5 * y))
+    assert torch.equal(guided.score(y, 3.1), 2 * y)
+    unguided = ncsn.Guided(net, None, strength=1)  # does not ask the early network
+    assert torch.equal(unguided.score(y, 1.0), 2 * y)
+
+
+def test_guided_samples_of_two_modes_hardly_lie_between_them():
+    """Where those of a network lie that takes them for wider, and more so an early one."""
+
+    def modes(std):
+        def score(x, sigma):
+            variance = std**2 + sigma**2
+            return (5 * torch.tanh(5 * x / variance) - x) / variance
+
+        return SimpleNamespace(score=score, sigma_data=5.0, sigma_max=60.0)
+
+    shares = []
+    for strength in 1.0, 1.8:
+        guided = ncsn.Guided(modes(1.5), modes(2.0), strength)
+        x = ncsn.heun(guided.score, 60 * randn(4000, 1, 1, 1), ladder(60, 0.1, 68))
+        shares.append((x.abs() < 2.5).double().mean().item())
+    assert shares[0] > 0.03
+    assert shares[1] < 0.6 * shares[0]
+
+
 # ----------------------------------------------------------------------------------------- bits/dim
 
 

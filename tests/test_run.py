@@ -167,6 +167,21 @@ def without_chains(run):
     return "--warm-up 1" if run.name == "ebm" else ""
 
 
+@only("ncsn", "ebm")
+def test_early_weights_are_the_averaged_ones_after_a_tenth_of_the_run(run, monkeypatch):
+    averages = []
+    update_ema = run.module.update_ema
+
+    def watched(ema, *rest):
+        update_ema(ema, *rest)
+        averages.append({name: value.clone() for name, value in ema.state_dict().items()})
+
+    monkeypatch.setattr(run.module, "update_ema", watched)
+    assert run.train(f"--epochs 7 --out r {without_chains(run)}") == 0  # 21 steps
+    assert differences(averages[2], load("r")["early"]) == []
+    assert differences(averages[3], load("r")["early"]) != []
+
+
 def test_the_learning_rate_warms_up_and_falls(run):
     assert run.train(f"--epochs 7 --lr 0.01 --out r {without_chains(run)}") == 0
     expected = [0.01 * (1 + math.cos(math.pi * k / 21)) / 2 for k in range(21)]
@@ -559,7 +574,7 @@ def test_divergence_brings_back_the_last_state_and_half_the_rate(run, trained, c
     assert run("--resume --epochs 4 --time-limit 1 --out r") == 0
     assert "weights not finite; back to the last checkpoint" in capfd.readouterr().out
     after = load("r")
-    for part in "net", "ema", "buffer":
+    for part in "net", "ema", "early", "buffer":
         assert differences(before[part], after[part]) == []
     for part in "muon", "adam":
         assert differences(before[part]["state"], after[part]["state"]) == []

@@ -204,6 +204,20 @@ def test_samples_come_from_the_averaged_weights(run, trained):
     assert samples_with("ema", 0.1) != as_trained
 
 
+@only("ncsn", "ebm")
+def test_early_weights_matter_to_samples_unless_guidance_is_one(run, trained):
+    state = load("r")
+    changed = {name: value + 0.1 for name, value in state["early"].items()}
+    sampler = SAMPLERS[run.name][-1]
+    for guidance in "1.8", "1":
+        found = []
+        for early in state["early"], changed:
+            torch.save({**state, "early": early}, trained / "checkpoint.pt")
+            assert run(f"--generate 2 {sampler} --guidance {guidance} --out r") == 0
+            found.append(files("r/generated"))
+        assert (found[0] == found[1]) == (guidance == "1")
+
+
 def test_generating_writes_as_many_files_as_asked(run, trained):
     before = files(trained)
     found = {}
