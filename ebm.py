@@ -4,7 +4,7 @@ A network gives each image x one number, its energy E(x). Low energy means likel
     p(x) = exp(-E(x) / T) / Z,          Z = integral of exp(-E(x) / T) over all images
 Here E(x) = |r(x)|^2 / 2, and the residual r(x), from a U-Net, says what is wrong with x: for an
 image with a little noise, E is about half the squared length of the noise. Samples are drawn down
-the slope of E, from nothing but noise. In stage 2, Langevin dynamics (Du & Mordatch 2019,
+the slope of E, from noise alone (draw, guide). In stage 2, Langevin dynamics (Du & Mordatch 2019,
 arXiv:1903.08689) adds noise to steps of size h, and so walks on, in balance with p if h is small:
     x <- x - h grad E(x) + sqrt(2 h T) z,         z from N(0, I)       (see langevin)
 
@@ -390,7 +390,7 @@ def decoys(x, generator=None):
     size = x.shape[2:]
     flat = [interpolate(adaptive_avg_pool2d(x, n), size) for n in (1, 2, 4, 8)]
     mixed = (x + x.roll(1, 0)) / 2
-    versions = torch.stack([*flat, *len(flat) * [mixed]])
+    versions = torch.stack([*flat, mixed, mixed, mixed, mixed])
     choice = torch.randint(len(versions), (len(x),), generator=generator, device=x.device)
     return versions[choice, torch.arange(len(x), device=x.device)]
 
@@ -955,7 +955,7 @@ def train(args, checkpoint=None):
                 draw_chains(args, ema, test, run.out / "chains_before.png")
             terms = training_step(net, optimizers, batch, settings, stage, buffer, generator)
             update_ema(ema, net, step, args.ema)  # it, too, starts anew with the chains
-            if run.step < facts["chains_from"] / 10:
+            if run.step < (facts["chains_from"] or run.total) / 10:
                 early.load_state_dict(ema.state_dict())
             run.record(terms)
         run.end_epoch({"failures": facts["failures"]})

@@ -20,8 +20,8 @@ arXiv:2206.00364) mix y and F so that input and target of F have mean square 1 a
     D(y, sigma) = c_skip y + c_out F(c_in y, ln sigma)       loss = mean((D - x)^2) / c_out^2
 with c_skip, c_out and c_in as in ScoreNet.forward.
 
-In pure noise D sees nothing: its guess is the mean of all images, a blur. So sampling follows the
-scores for a little noise at a time, down levels sigma_1 > ... > sigma_L; Guided makes it better:
+In pure noise D sees nothing: it guesses the mean of all images. So sampling follows the scores down
+levels sigma_1 > ... > sigma_L, in three ways. (Guided, for each of them, betters the scores first.)
     langevin     the papers' own: several noisy steps at each level (about 1,400 calls of D)
     consistent   one step at each level, with new noise or without (about 280 calls)
     heun         an ODE that leads the same way without new noise (35 calls)
