@@ -2,11 +2,11 @@
 
 A network gives each image x one number, its energy E(x). Low energy means likely, by definition:
     p(x) = exp(-E(x) / T) / Z,          Z = integral of exp(-E(x) / T) over all images
-Here E(x) = |r(x)|^2 / 2, and the residual r(x), from a U-Net, says what is wrong with x: for an
-image with a little noise, E is about half the squared length of the noise. Samples are drawn down
-the slope of E, from noise alone (draw, guide). In stage 2, Langevin dynamics (Du & Mordatch 2019,
-arXiv:1903.08689) adds noise to steps of size h, and so walks on, in balance with p if h is small:
-    x <- x - h grad E(x) + sqrt(2 h T) z,         z from N(0, I)       (see langevin)
+Here E(x) = |r(x)|^2 / 2, with a residual r(x) from a U-Net. The aim is half the squared distance
+to the nearest image: its slope, grad E(x), is the noise in x (and so is r, but only the slope is
+taught). Samples are drawn down this slope, from noise alone (draw, guide). In stage 2, Langevin
+dynamics (Du & Mordatch 2019, arXiv:1903.08689) adds noise to steps of size h, and so walks on, in
+balance with p:   x <- x - h grad E(x) + sqrt(2 h T) z,   z from N(0, I), h small (see langevin)
 
 Stage 1, matching. The slope of E is to take noise off y = x + sigma z: an image x with noise z from
 N(0, I), of any size sigma from `smooth`, a small number, up to one that hides x. If grad E(y) is
@@ -17,16 +17,16 @@ one. It is denoising score matching (Vincent 2011) of one energy for all sigma, 
 from y (Li et al. 2019, arXiv:1910.07762):
     match = mean of |grad E(y) / sigma - z|^2 times a weight          (see matching_error)
 The mean of sigma z given y is -sigma^2 times the score (grad log density) of images with noise of
-this sigma (Tweedie's formula). The score of p is -grad E / T. So with T = smooth^2, p is the
-density of images with noise of std smooth, near such images.
+this sigma (Tweedie's formula), and the score of p is -grad E / T. With T = smooth^2 they agree at
+sigma = smooth: near images p is the density of images with that much noise.
 
-Stage 2, chains: contrastive divergence. Walks come to places where E was never taught, and stay if
-it is low there by mistake. The gradient of -T ln p(data) in the weights is that of E, in the mean
-over data, less the same over draws from p, which ln Z brings in. Walking chains stand in for these:
+Stage 2, chains: contrastive divergence. E was taught on noisy images only. Elsewhere it may be low
+by mistake, and walks that get there stay. -T ln p(data) is E(data) + T ln Z, and the gradient in
+the weights of T ln Z is minus that of E, in the mean over draws from p. Walking chains are these:
     loss = match + weight * gap,         gap = mean E(data) - mean E(chains)
-Training lowers E of data and lifts that of chains (unless far above data already), until it cannot
-tell them apart. A buffer keeps the chains for K more steps each time (persistent, Tieleman 2008);
-short ones begin in decoys, images that E likes too well. Data get noise of std smooth, as chains.
+So E falls on data and rises where chains are (unless it is high there already) until it cannot tell
+them apart. A buffer keeps chains from one step of training to the next, K of theirs each time
+(persistent: Tieleman 2008). Others are short and begin in decoys, images that E likes too well.
 
     python ebm.py --epochs 50                        trains on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000                    PNG files, from fresh noise
@@ -79,7 +79,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = self.conv2(silu(self.conv1(silu(x))))
-        # Once h has the variance of x, the division keeps that of their sum from doubling.
+        # The division is for later: once h has the variance of x, their sum has twice as much.
         return (self.skip(x) + h) / math.sqrt(2)
 
 
@@ -124,7 +124,7 @@ class EnergyNet(nn.Module):
         for after in reversed(widths):
             level = nn.ModuleList()
             for _ in range(blocks):
-                level.append(Block(before + after, after))  # sees what its mirror image put out
+                level.append(Block(before + after, after))  # sees what its counterpart put out
                 before = after
             self.up.append(level)
         self.out = nn.Conv2d(widths[0], channels, 3, padding=1)
@@ -154,14 +154,15 @@ class EnergyNet(nn.Module):
         return self.out(silu(h.to(x.dtype)))
 
     def residual(self, y):
-        """r: what is wrong with y, shaped like y; y is an image with noise of any size.
+        """r, shaped like y: a guess of the noise in y, an image with noise of any size.
 
-        Noise of different sizes asks for outputs of different sizes, and a U-Net learns best if all
-        are near 1. So r is what the best multiple of y takes off it, plus a U-Net's output times
-        the size of what that multiple lacks as a guess of the image. The U-Net sees y divided by
-        its size. (Karras et al. 2022, arXiv:2206.00364: y - r is their c_skip y + c_out F(c_in y)
-        with F = -U. Their sigma is told; here it is guessed from y, and grad E goes through the
-        guess too.)
+        A U-Net learns best if what it is given and what it is to give are near 1 in size, for noise
+        of any size. So it sees y divided by its size, and where size^2 = sigma^2 + SIGMA_DATA^2
+            r = share y + sigma SIGMA_DATA / size U(y / size),        share = sigma^2 / size^2
+        Of all multiples of y, share y is the best guess of the noise. What it misses has the size
+        of the factor before U. (Karras et al. 2022, arXiv:2206.00364: y - r is their c_skip y +
+        c_out F(c_in y) with F = -U. Their network is told sigma; here it is guessed from y, and
+        grad E goes through the guess, too.)
         """
         variance = noise_variance(y)
         mean_square = variance + SIGMA_DATA**2  # of y, about
@@ -283,12 +284,13 @@ def langevin(energy, x, steps, step_size, temperature, generator=None, constrain
 
 
 def guide(energy, early, strength):
-    """E + (strength - 1) (E - E_early), an energy (B,) -> (B,) again: autoguidance.
+    """E + (strength - 1) (E - E_early), an energy (B, ...) -> (B,) again: autoguidance.
 
-    early: the network after a tenth of stage 1. Where both are wrong, it is more so, in the same
-    direction. So the way from E_early to E is followed a little beyond: things in samples become
-    clearer. The price is that they are no longer draws from p, and vary a little less. (Karras et
-    al. 2024, arXiv:2406.02507, of scores; for energies it is p^strength / p_early^(strength - 1).)
+    energy: of the averaged weights. early: of the same as they were after a tenth of stage 1. The
+    idea is that what is still wrong with energy was wrong with early in the same direction, only
+    more so. So it is taken a little further along the way that it has come since: things in samples
+    become clearer. The price is that they vary a little less and are no longer draws from p. (It is
+    p^strength / p_early^(strength - 1). Karras et al. 2024, arXiv:2406.02507, do it with scores.)
     """
 
     def guided_energy(x):
@@ -297,12 +299,12 @@ def guide(energy, early, strength):
     return guided_energy
 
 
-GUIDED_BELOW = 4 * SIGMA_DATA  # sigma; in more noise guidance makes colours glaring
+GUIDED_BELOW = 4 * SIGMA_DATA  # this sigma; in more noise guidance would make colours glaring
 
 
 @torch.no_grad()
 def descend(energy, y, sigma, step_size, end, constrain=unconstrained, guided_energy=None):
-    """Down the slope from noise y (B, ...) of size sigma to where it is `end` or just below.
+    """Down the slope, from y (B, ...) with noise of size sigma until it is `end` or just below.
 
     A step makes sigma smaller by the factor 1 - step_size. After it y becomes constrain(y, sigma).
     Where sigma is GUIDED_BELOW or less the slope is that of guided_energy, if there is one.
@@ -338,7 +340,8 @@ class Settings:
 def draw(energy, z, settings, steps=0, generator=None, constrain=unconstrained, early=None):
     """Images in [-1, 1] from standard normal z (B, ...): down the slope, a walk, noise off.
 
-    early: another energy, from which guide() leads away on the way down.
+    early: an energy from which guide() leads away on the way down; the walk is in balance with p
+    and so without it.
     """
     guided_energy = None
     if early is not None and settings.guidance > 1:
@@ -351,7 +354,7 @@ def draw(energy, z, settings, steps=0, generator=None, constrain=unconstrained, 
 
 
 class Buffer(nn.Module):
-    """Persistent chains, (N, C, H, W) in fp16, and the last hundred gaps.
+    """Persistent chains, (N, C, H, W), in fp16 to save memory, and the last hundred gaps.
 
     They begin at uint8 images. Each step of the second stage draws some, lets them walk K steps and
     puts them back. A share, `fresh`, of those drawn begins anew in noise, so a chain walks
@@ -381,11 +384,11 @@ class Buffer(nn.Module):
 
 
 def decoys(x, generator=None):
-    """Of images (B, C, H, W): mixed with another or, as often, with 1, 2x2, 4x4 or 8x8 pixels.
+    """For each image of x (B, C, H, W) its mean with another or, as often, a coarse version of it.
 
-    Nothing in a flat or mixed image looks wrong to r, so E is low there, though no image is like
-    that. Walks from noise or images hardly get there to have it mended. So samples do not suffer
-    from it, but an energy is also to tell images from others.
+    That has 1, 2x2, 4x4 or 8x8 pixels. Nothing in such images looks wrong to r, so E is low there
+    by mistake. The chains of the buffer hardly ever get there, so they cannot mend it, and samples
+    do not suffer from it. But an energy is also to tell images from others.
     """
     size = x.shape[2:]
     flat = [interpolate(adaptive_avg_pool2d(x, n), size) for n in (1, 2, 4, 8)]
@@ -521,8 +524,9 @@ def match_loss(energy, x, settings, generator=None):
 def chain_loss(net, x, settings, buffer, generator=None):
     """Contrastive divergence: (loss, terms to log, slots and ends of the buffer's chains).
 
-    Energies are in units of T dim. In these the noise in data, of std smooth, makes about 1/2, if r
-    finds all of it.
+    Energies are in units of T dim, with dim = C H W. In these the noise in data, of std smooth,
+    makes about 1/2, if r finds all of it. (Medians of chains are logged, as some have just begun in
+    noise, where energies are huge.)
     """
     data = add_noise(x, settings.smooth, generator)
     slots, start = buffer.draw(len(x), settings.fresh, settings.sigma_max, generator)
@@ -929,7 +933,7 @@ def train(args, checkpoint=None):
     torch.manual_seed(args.seed)
     net = build(args, network)
     ema = copy.deepcopy(net).requires_grad_(False)
-    early = copy.deepcopy(ema)  # see guide()
+    early = copy.deepcopy(ema)
     optimizers = make_optimizers(net)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     buffer = start_buffer(args, images)
@@ -954,8 +958,8 @@ def train(args, checkpoint=None):
             if stage == "chains" and step == 0:
                 draw_chains(args, ema, test, run.out / "chains_before.png")
             terms = training_step(net, optimizers, batch, settings, stage, buffer, generator)
-            update_ema(ema, net, step, args.ema)  # it, too, starts anew with the chains
-            if run.step < (facts["chains_from"] or run.total) / 10:
+            update_ema(ema, net, step, args.ema)  # at step 0 of a stage ema becomes net
+            if run.step < (facts["chains_from"] or run.total) / 10:  # then early stays, see guide()
                 early.load_state_dict(ema.state_dict())
             run.record(terms)
         run.end_epoch({"failures": facts["failures"]})
@@ -1063,7 +1067,10 @@ def remove_noise(args, net, test):
 
 
 def outliers(images, generator=None):
-    """{name: uint8 images like none of `images` (N, C, H, W), as many and of the same shape}."""
+    """{name: uint8 images like none of `images` (N, C, H, W), as many and of the same shape}.
+
+    Training knows constant and interpolated ones, as decoys(); the others it never saw.
+    """
     count, channels, height, width = images.shape
     kind = {"generator": generator, "device": images.device}
     greys = torch.randint(256, (count, channels, 1, 1), dtype=torch.uint8, **kind)
@@ -1087,7 +1094,11 @@ def auroc(inside, outside):
 
 
 def evaluate(args, net, early, facts):
-    """--evaluate: how well E tells other images from test images, and histograms of energies."""
+    """--evaluate: how well E tells other images from test images, and histograms of energies.
+
+    Of outliers that are smoother than images E may be too low in place of too high; so there is a
+    second AUROC, by how far E is from the median of test images, on either side.
+    """
     from common import load
 
     settings = settings_of(args)
@@ -1248,7 +1259,7 @@ def make_parser():
     add("--mults", default=[1, 2, 3, 4], type=widths, metavar="M,M,...", help="widths by level")
     add("--blocks", default=2, type=count, help="residual blocks each way at a resolution")
     add("--warm-up", default=0.9, type=share, help="share of the run before there are chains")
-    add("--focus", default=0.5, type=sigma, help="median noise in training, more for plain shapes")
+    add("--focus", default=0.5, type=sigma, help="median noise in training, more for large things")
     add("--sigma-max", default=40.0, type=sigma, help="std of the most noise, where samples begin")
     add("--steps", default=10, type=count, metavar="K", help="Langevin steps an update")
     add("--step-size", default=0.1, type=below_1, help="h: gradients times this are a step")
@@ -1259,7 +1270,7 @@ def make_parser():
     add("--fresh", default=0.01, type=share, help="share of drawn chains that begin anew in noise")
     add("--decoys", default=0.5, type=share, help="chains from decoys, as a share of the others")
     add("--chain", default=0, type=number(int, 0), help="Langevin steps after the way from noise")
-    add("--guidance", default=1.8, type=number(float, 1), help="strength of it, 1 for none")
+    add("--guidance", default=1.8, type=number(float, 1), help="strength of guide(), 1 for none")
     add("--inpaint", action="store_true", help="only complete test images without their middle")
     add("--denoise", action="store_true", help="only take noise off test images")
     add("--ood", default="shapes", help="other images for --evaluate, like --data")

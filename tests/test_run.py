@@ -167,8 +167,11 @@ def without_chains(run):
     return "--warm-up 1" if run.name == "ebm" else ""
 
 
-@only("ncsn", "ebm")
-def test_early_weights_are_the_averaged_ones_after_a_tenth_of_the_run(run, monkeypatch):
+EARLY_CASES = [("ncsn", ""), ("ebm", "--warm-up 1"), ("ebm", "--warm-up 0")]  # one stage each
+
+
+@pytest.mark.parametrize("whole, flags", EARLY_CASES, indirect=["whole"])
+def test_early_weights_are_the_averaged_ones_after_a_tenth_of_the_run(run, monkeypatch, flags):
     averages = []
     update_ema = run.module.update_ema
 
@@ -177,7 +180,7 @@ def test_early_weights_are_the_averaged_ones_after_a_tenth_of_the_run(run, monke
         averages.append({name: value.clone() for name, value in ema.state_dict().items()})
 
     monkeypatch.setattr(run.module, "update_ema", watched)
-    assert run.train(f"--epochs 7 --out r {without_chains(run)}") == 0  # 21 steps
+    assert run.train(f"--epochs 7 --out r {flags}") == 0  # 21 steps
     assert differences(averages[2], load("r")["early"]) == []
     assert differences(averages[3], load("r")["early"]) != []
 
