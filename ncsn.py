@@ -27,7 +27,7 @@ scores and takes a little noise off at a time, down levels sigma_1 > ... > sigma
     heun         an ODE that leads the same way without new noise (35 calls)
 
     python ncsn.py --epochs 50                          trains on CIFAR-10, files in runs/ncsn
-    python ncsn.py --generate 1000 --sampler heun       PNG files, from the trained weights
+    python ncsn.py --generate 1000 --sampler langevin   PNG files, from the trained weights
     python ncsn.py --evaluate --inpaint --interpolate   loss by sigma, bits/dim, pictures
 
 Read as far as training_step(), and then train(), its loop; the rest is alike in all scripts. In
@@ -1227,12 +1227,12 @@ def make_parser():
     median = number(float, 0, above=True)
     share = number(float, 0, most=1)
     widths = numbers(1, most=6)
-    samplers = ["langevin", "consistent", "heun"]
+    samplers = ["heun", "consistent", "langevin"]
     add("--width", default=128, type=number(int, 2), help="channels at full resolution")
     add("--mults", default=[1, 2, 2], type=widths, metavar="M,M,...", help="widths by resolution")
     add("--blocks", default=[3], type=widths, metavar="N,N,...", help="residual blocks each way")
     add("--focus", default=0.6, type=median, help="median sigma in units of the images' rms")
-    add("--sampler", default="langevin", choices=samplers, help="how --generate, --inpaint draw")
+    add("--sampler", default="heun", choices=samplers, help="how --generate and --inpaint draw")
     add(
         "--guidance",
         default=1.8,
