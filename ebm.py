@@ -3,8 +3,8 @@
 A network gives each image x one number, its energy E(x). Low energy means likely, by definition:
     p(x) = exp(-E(x) / T) / Z,          Z = integral of exp(-E(x) / T) over all images
 Here E(x) = |r(x)|^2 / 2, with a residual r(x) from a U-Net. The aim is half the squared distance
-to the nearest image: its slope, grad E(x), is the noise in x (and so is r, but only the slope is
-taught). Samples are drawn down this slope, from noise alone (draw, guide). In stage 2, Langevin
+to the nearest image: its slope, grad E(x), is the noise in x. (r has the form of a guess of it, but
+only the slope is taught.) Samples are drawn down this slope, from noise alone. In stage 2, Langevin
 dynamics (Du & Mordatch 2019, arXiv:1903.08689) adds noise to steps of size h, and so walks on, in
 balance with p:   x <- x - h grad E(x) + sqrt(2 h T) z,   z from N(0, I), h small (see langevin)
 
@@ -22,11 +22,11 @@ sigma = smooth: near images p is the density of images with that much noise.
 
 Stage 2, chains: contrastive divergence. E was taught on noisy images only. Elsewhere it may be low
 by mistake, and walks that get there stay. -T ln p(data) is E(data) + T ln Z, and the gradient in
-the weights of T ln Z is minus that of E, in the mean over draws from p. Walking chains are these:
+the weights of T ln Z is minus the mean of that of E over draws from p. Walking chains are these:
     loss = match + weight * gap,         gap = mean E(data) - mean E(chains)
-So E falls on data and rises where chains are (unless it is high there already) until it cannot tell
-them apart. A buffer keeps chains from one step of training to the next, K of theirs each time
-(persistent: Tieleman 2008). Others are short and begin in decoys, images that E likes too well.
+So E falls on data and rises where chains are (unless far above that of data) until it cannot tell
+them apart. A buffer keeps the chains; each step of training lets some walk K steps on (persistent:
+Tieleman 2008). Others begin anew each time, in decoys: images that E takes for too likely.
 
     python ebm.py --epochs 50                        trains on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000                    PNG files, from fresh noise
@@ -154,11 +154,11 @@ class EnergyNet(nn.Module):
         return self.out(silu(h.to(x.dtype)))
 
     def residual(self, y):
-        """r, shaped like y: a guess of the noise in y, an image with noise of any size.
+        """r, shaped like y and of the form of a guess of the noise in y, an image with any noise.
 
         A U-Net learns best if what it is given and what it is to give are near 1 in size, for noise
         of any size. So it sees y divided by its size, and where size^2 = sigma^2 + SIGMA_DATA^2
-            r = share y + sigma SIGMA_DATA / size U(y / size),        share = sigma^2 / size^2
+            r = share y + (sigma SIGMA_DATA / size) U(y / size),      share = sigma^2 / size^2
         Of all multiples of y, share y is the best guess of the noise. What it misses has the size
         of the factor before U. (Karras et al. 2022, arXiv:2206.00364: y - r is their c_skip y +
         c_out F(c_in y) with F = -U. Their network is told sigma; here it is guessed from y, and
@@ -304,10 +304,11 @@ GUIDED_BELOW = 4 * SIGMA_DATA  # this sigma; in more noise guidance would make c
 
 @torch.no_grad()
 def descend(energy, y, sigma, step_size, end, constrain=unconstrained, guided_energy=None):
-    """Down the slope, from y (B, ...) with noise of size sigma until it is `end` or just below.
+    """Down the slope, from y (B, ...) with noise of size sigma until sigma is `end` or just below.
 
-    A step makes sigma smaller by the factor 1 - step_size. After it y becomes constrain(y, sigma).
-    Where sigma is GUIDED_BELOW or less the slope is that of guided_energy, if there is one.
+    A step takes away a share, step_size, of the noise; sigma only counts this, E is not told. After
+    it y becomes constrain(y, sigma). Where sigma is GUIDED_BELOW or less the slope is that of
+    guided_energy, if there is one.
     """
     while sigma > end:
         guided = guided_energy is not None and sigma <= GUIDED_BELOW
@@ -340,8 +341,8 @@ class Settings:
 def draw(energy, z, settings, steps=0, generator=None, constrain=unconstrained, early=None):
     """Images in [-1, 1] from standard normal z (B, ...): down the slope, a walk, noise off.
 
-    early: an energy from which guide() leads away on the way down; the walk is in balance with p
-    and so without it.
+    early: an energy from which guide() leads away on the way down. The walk of `steps` steps is
+    one in p itself, without guidance.
     """
     guided_energy = None
     if early is not None and settings.guidance > 1:
@@ -386,7 +387,7 @@ class Buffer(nn.Module):
 def decoys(x, generator=None):
     """For each image of x (B, C, H, W) its mean with another or, as often, a coarse version of it.
 
-    That has 1, 2x2, 4x4 or 8x8 pixels. Nothing in such images looks wrong to r, so E is low there
+    That has 1, 2x2, 4x4 or 8x8 pixels. Nothing in such images looks like noise, so E is low there
     by mistake. The chains of the buffer hardly ever get there, so they cannot mend it, and samples
     do not suffer from it. But an energy is also to tell images from others.
     """
@@ -959,7 +960,7 @@ def train(args, checkpoint=None):
                 draw_chains(args, ema, test, run.out / "chains_before.png")
             terms = training_step(net, optimizers, batch, settings, stage, buffer, generator)
             update_ema(ema, net, step, args.ema)  # at step 0 of a stage ema becomes net
-            if run.step < (facts["chains_from"] or run.total) / 10:  # then early stays, see guide()
+            if run.step < (facts["chains_from"] or run.total) / 10:  # see guide()
                 early.load_state_dict(ema.state_dict())
             run.record(terms)
         run.end_epoch({"failures": facts["failures"]})

@@ -12,8 +12,8 @@ of space, and teach one network the scores of noisy images, for noise of every s
 Training is denoising: add noise, guess the image. The guess with the least squared error is the
 mean of x given y, and it tells the score (Tweedie's formula). For the density of noisy images is
 p_sigma(y) = mean over x of N(y; x, sigma^2 I), and grad_y of this N is N (x - y) / sigma^2. So
-grad p_sigma / p_sigma, the score, is the mean of (x - y) / sigma^2, each x weighted by N / p_sigma,
-its probability given y:    score(y, sigma) = (D(y, sigma) - y) / sigma^2
+grad p_sigma / p_sigma, the score, is the mean over x of (x - y) / sigma^2 weighted by N / p_sigma,
+and so that given y:    score(y, sigma) = (D(y, sigma) - y) / sigma^2
 NCSN's own network gives sigma * score, so D is y + sigma times its output, and where sigma is large
 a small error of the network, times sigma, is larger than the image. Karras et al. (2022,
 arXiv:2206.00364) mix y and F so that input and target of F have mean square 1 at every sigma:
@@ -22,7 +22,7 @@ with c_skip, c_out and c_in as in ScoreNet.forward.
 
 In pure noise D sees nothing: its guess is the mean of all images, a blur. So sampling follows the
 scores and takes a little noise off at a time, down levels sigma_1 > ... > sigma_L. Three ways:
-    langevin     the papers' own: two noisy steps at each level (about 560 calls of D)
+    langevin     the papers' own: some noisy steps at each level (about 560 calls of D)
     consistent   one step at each level, with new noise or without (about 280 calls)
     heun         an ODE that leads the same way without new noise (35 calls)
 
@@ -288,7 +288,7 @@ def make_ladder(sigma_max, dim, sigma_min=SIGMA_MIN):
         sqrt(dim) gamma sigma - 3 gamma sigma / sqrt(2) = sqrt(dim) sigma
     Times sqrt(2) / sigma, and with root = sqrt(2 dim), this is gamma (root - 3) = root. In few
     dimensions shells are thick and any gamma would do; it is then 3. The number of levels follows,
-    rounded up. CIFAR-10: gamma = 1.04, 277 levels.
+    rounded up. CIFAR-10: gamma = 1.0398, 277 levels.
     """
     root = math.sqrt(2 * dim)
     gamma = root / (root - 3) if root > 4.5 else 3.0
@@ -297,20 +297,22 @@ def make_ladder(sigma_max, dim, sigma_min=SIGMA_MIN):
 
 
 def langevin_settings(levels, excess=0.06, most=0.2):
-    """(step_size, repeats) for langevin(): the fewest steps of at most `most` that keep up with it.
+    """(step_size, repeats) for langevin(): the fewest steps that keep up with the falling levels.
 
     Suppose all images were 0. Then y is all noise and its score -y / sigma^2, and a step of
     langevin() brings its variance v, in units of sigma^2, nearer to 1: v - 1 becomes
     (1 - step_size)^2 (v - 1), and in the n steps of a level r (v - 1) with
     r = (1 - step_size)^(2 n). The next level has a smaller unit, in which v is gamma^2 times as
-    much. So each level leaves the same v = 1 + excess if
+    much. After some levels each leaves the same v = 1 + excess, with
         excess = r (gamma^2 (1 + excess) - 1),
-    which tells r. Where images vary much more than the noise, large steps go wrong the other way:
-    in balance the variance is 1 - step_size / 2 of what it should be. With the defaults the two
+    which tells r, and n is the least for which step_size is at most `most`. That is limited for
+    where images vary much more than the noise: there large steps go wrong the other way, in balance
+    to a variance of 1 - step_size / 2 of what it should be. A chain follows such a balance as long
+    as sigma^2 is above about a tenth of the images' variance, and there, with the defaults, the two
     errors nearly cancel: Gaussian images of std 0.1 to 3 come out with a std that is right to half
     a percent. CIFAR-10: n = 2, step_size = 0.2.
     (The paper's rule, technique 4 of 2020, neglects what is left over from level to level. For
-    CIFAR-10 its n = 5 and step_size = 0.065 leave v = 1.13, and those images 7 % too large.)
+    CIFAR-10 its n = 5 and step_size = 0.065 leave v = 1.13, and Gaussian images 7 % too large.)
     """
     gamma = levels[0] / levels[1]
     r = excess / (gamma**2 * (1 + excess) - 1)
@@ -376,13 +378,13 @@ class Guided:
     it sees, it blends features that no image has together. So D is taken a little further along the
     way that it has come since:
         D + (strength - 1) (D - D_early)
-    The score is linear in D, and y drops out, so scores may be mixed likewise. Things in samples
-    become clearer. The price is that samples vary a little less and are no longer draws from the
+    As these weights of D and D_early sum to 1, scores are mixed likewise. Things in samples become
+    clearer. The price is that samples vary a little less and are no longer draws from the
     density that was learned: losses and bits/dim are those of net alone. Strength 1 turns guidance
     off, and so does sigma above sigma_limit, in units of sigma_data: there it would make colours
-    glaring. (The defaults were found by trying.) Elsewhere each call of net takes one of early.
+    glaring. (The defaults were found by trying.) Elsewhere a call of net costs one more, of early.
     It is for consistent() and heun(), which pass each level once. langevin() stays until it is in
-    balance with p^strength / p_early^(strength - 1), and that makes colours glaring anyhow.
+    balance with p^strength / p_early^(strength - 1), which has glaring colours at any level.
     """
 
     net: nn.Module
@@ -422,12 +424,12 @@ def keep_known(truth, known, generator=None):
 def langevin(score, y, levels, step_size, repeats, generator=None, constrain=unconstrained):
     """Annealed Langevin dynamics (2020, algorithm 1): y <- y + alpha score + noise.
 
-    Steps along the score alone would end on the nearest peak of p. With noise of the right size
-    they lead any distribution to p. Where y is all noise its score is -y / sigma^2, and a step with
-    alpha = step_size sigma^2 turns its variance v into (1 - step_size)^2 v plus that of the new
-    noise. This is to keep v = sigma^2, so it is (1 - (1 - step_size)^2) sigma^2. (The paper's is
-    2 alpha, the same for very small steps. Its alpha is epsilon sigma^2 / sigma_L^2, so step_size
-    stands for epsilon / sigma_L^2.)
+    Steps along the score alone would end on the nearest peak of p_sigma. With noise of the right
+    size many small ones lead any distribution to p_sigma. Where y is all noise its score is
+    -y / sigma^2, and a step with alpha = step_size sigma^2 turns its variance v into
+    (1 - step_size)^2 v plus that of the new noise. To keep v = sigma^2, the new noise must have
+    (1 - (1 - step_size)^2) sigma^2. (The paper's has 2 alpha, the same for very small steps. Its
+    alpha is epsilon sigma^2 / sigma_L^2, so step_size stands for epsilon / sigma_L^2.)
     """
     fresh = math.sqrt(1 - (1 - step_size) ** 2)
     for sigma in levels:
@@ -984,7 +986,7 @@ def train(args, checkpoint=None):
             set_rate(optimizers, args.lr * warmup_cosine(run.step, run.total))
             loss = training_step(net, optimizers, batch, args.focus, generator)
             update_ema(ema, net, run.step, args.ema)
-            if run.step < run.total / 10:  # then early stays; until then it guides nowhere
+            if run.step < run.total / 10:  # early is ema, and then stays as it is: see Guided
                 early.load_state_dict(ema.state_dict())
             run.record({"train loss": loss})
         run.end_epoch({"test loss": test_loss(ema, test[:1000])})
@@ -1075,7 +1077,10 @@ def interpolate_noise(args, net, shape):
 
 
 def inpaint(args, net, test):
-    """--inpaint: a test image a row, the same without its middle, and six ways to fill that."""
+    """--inpaint: a test image a row, the same without its middle, and six ways to fill that.
+
+    langevin() is best: it stays at each level, so that the middle comes to agree with the rest.
+    """
     from common import save_grid
 
     generator = torch.Generator(args.device).manual_seed(args.seed)
@@ -1112,7 +1117,7 @@ def evaluate(args, net, test):
 
 
 def use(args, checkpoint):
-    """Do what the flags ask for with the averaged weights of a checkpoint; draws are guided."""
+    """Do what the flags ask for with the averaged weights of a checkpoint."""
     from common import load
 
     net = build(args, checkpoint["network"]).requires_grad_(False)

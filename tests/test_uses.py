@@ -220,6 +220,13 @@ def test_early_weights_matter_to_samples_unless_guidance_is_one(run, trained):
         assert (found[0] == found[1]) == same, (guidance, sampler)
 
 
+def test_trained_weights_can_be_loaded_as_readme_says(run, trained):
+    network = {"ncsn": "ScoreNet", "nvae": "NVAE", "ebm": "EnergyNet"}[run.name]
+    checkpoint = torch.load("r/checkpoint.pt")
+    net = getattr(run.module, network)(**checkpoint["network"])
+    net.load_state_dict(checkpoint["ema"])
+
+
 def test_generating_writes_as_many_files_as_asked(run, trained):
     before = files(trained)
     found = {}
