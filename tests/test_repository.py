@@ -166,11 +166,15 @@ def headings(text):
 
 def test_the_own_project_of_the_readme_runs():
     shutil.copy(ROOT / "ncsn.py", ".")
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    code = "".join(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    )
     short = code.replace('total = "cpu", 100', 'total = "cpu", 3')
     assert short != code
     code = "import sys\nsys.path.insert(0, '')\n" + short
     code += "assert samples.shape == (16, 1, 28, 28) and samples.dtype == torch.uint8\n"
+    code += "assert (filled[:, :, :14] == images[:4, :, :14]).all()\n"
+    code += "assert (filled[:, :, 14:] != images[:4, :, 14:]).any()\n"
     result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
 
