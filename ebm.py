@@ -31,7 +31,7 @@ Tieleman 2008). Others begin anew each time, in decoys: images that E takes for 
     python ebm.py --epochs 50                        trains on CIFAR-10, files in runs/ebm
     python ebm.py --generate 1000                    PNG files, from fresh noise
     python ebm.py --evaluate --inpaint --denoise     outliers, energies, pictures
-The method ends with training_step(); train() is its loop. In your own project, import torch, ebm:
+Read as far as training_step(), then train(), its loop. In your own project, import torch, ebm:
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net, settings = ebm.EnergyNet(8, mults=(1, 2), channels=1), ebm.Settings(smooth=0.1)
     optimizers, buffer = ebm.make_optimizers(net), ebm.Buffer(images)
@@ -299,7 +299,7 @@ def guide(energy, early, strength):
     return guided_energy
 
 
-GUIDED_BELOW = 4 * SIGMA_DATA  # this sigma; in more noise guidance would make colours glaring
+GUIDED_BELOW = 4 * SIGMA_DATA  # in more noise guidance would make colours glaring
 
 
 @torch.no_grad()

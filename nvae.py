@@ -30,8 +30,8 @@ bytes; the bound over C H W ln 2, bits/dim, is what an ideal lossless code needs
     python nvae.py --generate 1000                            PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
 
-The method ends with training_step(), train() is its loop; bookkeeping and command line are alike in
-all scripts. In your own project, import torch, nvae (any size that halves; beta, EMA: see train):
+Read as far as training_step(), and then train(), its loop; the rest is alike in all scripts.
+In your own project, import torch, nvae (any size that halves; beta, EMA: see train):
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net = nvae.NVAE(width=8, groups=(2, 1), channels=1, image_size=28)
     spectral, optimizers = nvae.Spectral(net), nvae.make_optimizers(net)

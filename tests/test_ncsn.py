@@ -406,6 +406,7 @@ def test_published_settings_leave_too_much_noise_and_these_do_not():
     step_size, repeats = ncsn.langevin_settings(levels)
     assert repeats == 2
     assert step_size == pytest.approx(0.2, abs=0.005)
+    assert ncsn.langevin_settings([1.0, 1.0])[1] == 1
 
 
 def end_of_ladder(s, levels, step_size, repeats, fresh):
