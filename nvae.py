@@ -141,7 +141,7 @@ def decoder_cell(before, after, residual, expand=6, up=False):
 
 
 class MaskedConv(nn.Conv2d):
-    """A convolution that has no weights where the mask (out, in, k, k) is 0."""
+    """A convolution whose weights count as 0 where the mask (out, in, k, k) is 0."""
 
     def __init__(self, mask):
         size = mask.shape[-1]
@@ -264,7 +264,7 @@ class NVAE(nn.Module):
 
     width, mults: width * mults channels at full, half, ... resolution, the last mult for all below.
     groups: how many groups at half, a quarter, ... of the resolution, 0 for none.
-    cells: residual cells before each group but the first, in the encoder and top-down.
+    cells: residual cells before each group, in the encoder and (but for the first) top-down.
     outer: residual cells at full resolution, likewise, with the one that halves or doubles it.
     expand, flows, residual: see decoder_cell, Flow and Cell.
     mixtures, latents: M of p(x|z), and n of each group.
@@ -547,9 +547,10 @@ def kl_loss(kl, beta, alpha):
     A group may fall asleep early on: q = p, z says nothing, and the layers behind it learn to
     ignore z. So while beta < 1, gamma_i is in proportion to KL_i / alpha_i: each nat costs less in
     groups that spend few of them. alpha_i, the pixels at a level over the number of groups there,
-    is the share that a group may spend. (abs, as an estimate from one draw may be negative; 0.01,
-    so that no nat is for free.) When beta has reached 1, all gamma_i are 1, for only then the loss
-    is the bound. beta: a number or a tensor (), which then need not leave the device.
+    is the share that a group may spend. (abs, as with flows the KL of one image is an estimate from
+    one draw and may be negative; 0.01, so that no nat is for free.) When beta has reached 1, all
+    gamma_i are 1, for only then the loss is the bound.
+    beta: a number, or a tensor () for Recorded, so nothing here asks the device for its value.
     """
     gamma = (kl.detach().abs().mean(0) + 0.01) / alpha
     gamma = gamma / gamma.mean()
@@ -758,7 +759,8 @@ def set_rate(optimizers, lr):
 def make_optimizers(net, lr=0.02):
     """[Muon for convolutions inside, but depthwise ones, Adamax at lr / 2 for the other weights].
 
-    Outside are the stem, and the layers that put out p(x|z), p(z_i) and q(z_i|x).
+    Others are, besides vectors and gates, the first layer of the stem, the flows, and the layers
+    that put out p(x|z), p(z_i) and q(z_i|x).
     """
     inside = [layer for layer in net.modules() if isinstance(layer, Cell)]
     for group in net.groups:
@@ -800,9 +802,10 @@ class Recorded:
 
     A pass is some thousand small pieces of work. Launching them one by one takes the CPU several
     times as long as they take the GPU; a recorded graph is launched as a whole (34 ms a step in
-    place of 265 on an H200). A graph does the same to the same memory again: images and beta are
-    copied to where they were recorded, and gradients and terms come out where they were. So all
-    batches must have one size, and nobody may give net other gradients in between.
+    place of 265 on an H200). A graph does the same to the same memory again: images and beta, both
+    tensors, are copied to where they were recorded, and gradients and terms come out where they
+    were. So all batches must have one size, the other arguments must stay those of the first call,
+    and nobody may give net other gradients in between.
     """
 
     def __init__(self):
@@ -821,13 +824,13 @@ class Recorded:
 
     def record(self, inputs, generator):
         state = generator.get_state()
-        stream = torch.cuda.Stream()  # as CUDA's manual wants it for what comes before recording
+        stream = torch.cuda.Stream()  # a queue of its own, as PyTorch's manual wants for warming up
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, chooses algorithms
+            for _ in range(3):  # what happens at first only: compiling, choice of algorithms
                 backward_pass(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        generator.set_state(state)  # as if these had not been
+        generator.set_state(state)  # as if no noise had been drawn
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(generator)  # each replay draws new noise
         with torch.cuda.graph(self.graph):
@@ -844,7 +847,10 @@ def training_step(
     generator=None,
     backward=backward_pass,
 ):
-    """One step on uint8 images (B, C, H, W). Returns the terms of backward_pass() before it."""
+    """One step on uint8 images (B, C, H, W). Returns the terms of backward_pass() before it.
+
+    backward: backward_pass, or on CUDA a Recorded, which needs beta as a tensor and a generator.
+    """
     terms = backward(net, spectral, images, beta, spectral_weight, generator)
     for optimizer in optimizers:
         optimizer.step()
@@ -1136,7 +1142,7 @@ def test_bound(net, images):
 
 
 def kl_weight(step, warmup_steps):
-    """beta: up to 1 over the warm-up; never 0, without which nothing would hold the KL at all."""
+    """beta: up to 1 over the warm-up; never quite 0, or nothing would limit the KL at first."""
     return 1.0 if step >= warmup_steps else max(1e-4, step / warmup_steps)
 
 
@@ -1176,22 +1182,15 @@ def train(args, checkpoint=None):
     optimizers = make_optimizers(net)
     generator = torch.Generator(args.device).manual_seed(args.seed)
 
-    parts = {
-        "net": net,
-        "ema": ema,
-        "spectral": spectral,
-        "muon": optimizers[0],
-        "adamax": optimizers[1],
-    }
+    parts = {"net": net, "ema": ema, "spectral": spectral}
+    parts.update({"muon": optimizers[0], "adamax": optimizers[1]})
     facts = {"network": network, "data": f"{len(images)} images {fingerprint(images)}"}
     run = Run(args, images, parts, facts, generator)
     if checkpoint:
         run.restore(checkpoint)
-    backward = backward_pass
     if args.compile:
         compile_cells(net)
-        if args.device.type == "cuda":
-            backward = Recorded()
+    backward = Recorded() if args.compile and args.device.type == "cuda" else backward_pass
 
     warmup_steps = args.kl_warmup * run.steps_per_epoch
     for epoch in run.epochs():
