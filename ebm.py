@@ -299,7 +299,8 @@ def guide(energy, early, strength):
     return guided_energy
 
 
-GUIDED_BELOW = 4 * SIGMA_DATA  # in more noise guidance would make colours glaring
+GUIDED_BELOW = 4 * SIGMA_DATA  # in more noise guidance would make colours glaring ...
+GUIDED_ABOVE = 0.6 * SIGMA_DATA  # ... and in less it left a fine chequered pattern
 
 
 @torch.no_grad()
@@ -307,11 +308,11 @@ def descend(energy, y, sigma, step_size, end, constrain=unconstrained, guided_en
     """Down the slope, from y (B, ...) with noise of size sigma until sigma is `end` or just below.
 
     A step takes away a share, step_size, of the noise; sigma only counts this, E is not told. After
-    it y becomes constrain(y, sigma). Where sigma is GUIDED_BELOW or less the slope is that of
-    guided_energy, if there is one.
+    it y becomes constrain(y, sigma). Where sigma is from GUIDED_ABOVE to GUIDED_BELOW the slope is
+    that of guided_energy, if there is one.
     """
     while sigma > end:
-        guided = guided_energy is not None and sigma <= GUIDED_BELOW
+        guided = guided_energy is not None and GUIDED_ABOVE <= sigma <= GUIDED_BELOW
         _, slope = energy_and_gradient(guided_energy if guided else energy, y)
         sigma = sigma * (1 - step_size)
         y = constrain(y - step_size * slope, sigma)
