@@ -797,46 +797,6 @@ def backward_pass(net, spectral, images, beta, spectral_weight=1e-2, generator=N
     return {name: value.detach() / nats_of_one_bit(images) for name, value in terms.items()}
 
 
-class Recorded:
-    """backward_pass() on a GPU, recorded at the first call as a CUDA graph and then replayed.
-
-    A pass is some thousand small pieces of work. Launching them one by one takes the CPU several
-    times as long as they take the GPU; a recorded graph is launched as a whole (34 ms a step in
-    place of 265 on an H200). A graph does the same to the same memory again: images and beta, both
-    tensors, are copied to where they were recorded, and gradients and terms come out where they
-    were. So all batches must have one size, the other arguments must stay those of the first call,
-    and nobody may give net other gradients in between.
-    """
-
-    def __init__(self):
-        self.graph = None
-
-    def __call__(self, net, spectral, images, beta, spectral_weight, generator):
-        if self.graph is None:
-            self.images = images.clone()
-            self.beta = beta.clone()
-            inputs = net, spectral, self.images, self.beta, spectral_weight, generator
-            self.record(inputs, generator)
-        self.images.copy_(images)
-        self.beta.copy_(beta)
-        self.graph.replay()
-        return self.terms
-
-    def record(self, inputs, generator):
-        state = generator.get_state()
-        stream = torch.cuda.Stream()  # a queue of its own, as PyTorch's manual wants for warming up
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # what happens at first only: compiling, choice of algorithms
-                backward_pass(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        generator.set_state(state)  # as if no noise had been drawn
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(generator)  # each replay draws new noise
-        with torch.cuda.graph(self.graph):
-            self.terms = backward_pass(*inputs)
-
-
 def training_step(
     net,
     spectral,
@@ -1167,6 +1127,46 @@ def compile_cells(net):
     for layer in net.modules():
         if isinstance(layer, Cell):
             layer.compile()
+
+
+class Recorded:
+    """backward_pass() on a GPU, recorded at the first call as a CUDA graph and then replayed.
+
+    A pass is some thousand small pieces of work. Launching them one by one takes the CPU several
+    times as long as they take the GPU; a recorded graph is launched as a whole (34 ms a step in
+    place of 265 on an H200). A graph does the same to the same memory again: images and beta, both
+    tensors, are copied to where they were recorded, and gradients and terms come out where they
+    were. So all batches must have one size, the other arguments must stay those of the first call,
+    and nobody may give net other gradients in between.
+    """
+
+    def __init__(self):
+        self.graph = None
+
+    def __call__(self, net, spectral, images, beta, spectral_weight, generator):
+        if self.graph is None:
+            self.images = images.clone()
+            self.beta = beta.clone()
+            inputs = net, spectral, self.images, self.beta, spectral_weight, generator
+            self.record(inputs, generator)
+        self.images.copy_(images)
+        self.beta.copy_(beta)
+        self.graph.replay()
+        return self.terms
+
+    def record(self, inputs, generator):
+        state = generator.get_state()
+        stream = torch.cuda.Stream()  # a queue of its own, as PyTorch's manual wants for warming up
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what happens at first only: compiling, choice of algorithms
+                backward_pass(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        generator.set_state(state)  # as if no noise had been drawn
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)  # each replay draws new noise
+        with torch.cuda.graph(self.graph):
+            self.terms = backward_pass(*inputs)
 
 
 def train(args, checkpoint=None):

@@ -1263,6 +1263,15 @@ def test_every_kind_of_cell_is_compiled(monkeypatch):
     assert frames["total"] == frames["ok"] > 8
 
 
+def test_gradients_of_the_likelihood_at_the_edges():
+    """The outer bins reach infinitely far, where a careless gradient would be infinity times 0."""
+    x = nvae.scaled(torch.tensor([0, 1, 127, 254, 255], dtype=torch.double))
+    x = x.expand(1, 3, 1, 5)
+    logits = randn(1, 2 * nvae.logits_per_logistic(3), 1, 5, dtype=torch.double)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda logits: nvae.dmol_log_prob(logits, x), logits)
+
+
 def test_a_recorded_pass_is_given_what_varies(monkeypatch):
     """With a stand-in for CUDA graphs that repeats what ran while it recorded."""
     ran = []
