@@ -24,14 +24,15 @@ To train, z_i is drawn from q, which sees h and the feature; to sample, from p, 
     loss = -ln p(x|z) + beta sum_i gamma_i KL_i + lambda R                    in nats per image
 beta rises to 1 in the first --kl-warmup epochs. Until then gamma_i, 1 on average, helps
 groups whose latents say little (kl_loss). R keeps the network smooth (Spectral). p(x|z) is of
-bytes; the bound over C H W ln 2, bits/dim, is what an ideal lossless code needs for each of them.
+bytes; minus the bound over C H W ln 2, bits/dim, is what an ideal lossless code needs for each.
 
     python nvae.py --epochs 50                                trains on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000                            PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
 
-Read as far as training_step(), and then train(), its loop; the rest is alike in all scripts.
-In your own project, import torch, nvae (any size that halves; beta, EMA: see train):
+Read as far as training_step(), skipping Muon if you know it, and then train(), its loop.
+In your own project, import torch, nvae (square images, whose size halves; device, rate, beta, EMA:
+see train):
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net = nvae.NVAE(width=8, groups=(2, 1), channels=1, image_size=28)
     spectral, optimizers = nvae.Spectral(net), nvae.make_optimizers(net)
@@ -66,8 +67,9 @@ class Cell(nn.Module):
 
     The gate multiplies each channel by a number in (0, 1) that depends on the means of all channels
     (squeeze and excitation). `residual` is small, so that a deep stack of cells begins as little
-    more than its skips. That is enough to train it without the paper's BatchNorm, whose statistics
-    have to be found anew for averaged weights, and once more for samples, where z is from p.
+    more than its skips. With it, Muon and R (Spectral) the network trains without the paper's
+    BatchNorm, whose statistics would have to be found anew for averaged weights, and once more for
+    samples, where z is from p.
     """
 
     def __init__(self, skip, body, channels, residual):
@@ -116,9 +118,8 @@ def decoder_cell(before, after, residual, expand=6, up=False):
 
     The paper's (figure 3a) has a depthwise 5x5 convolution, one filter per channel. It has so few
     weights that it can have `expand` times the channels, but all these must go through memory.
-    expand=0 stands for a dense cell: with 40 channels at 16x16 it took a third of the time of
-    expand=6 on a CPU, as long as expand=3, and there a small network learned faster with it.
-    1x1 convolutions come before the upsampling: the same for less.
+    expand=0 stands for a dense cell, with which a small network learned faster on a CPU.
+    The first 1x1 convolution comes before the upsampling: the same for less.
     """
     if expand == 0:
         return dense_cell(before, after, residual, up=up)
@@ -180,12 +181,16 @@ class Flow(nn.Module):
 
 
 def soft_clamped_normal(parameters):
-    """(B, 2 n, H, W) -> Normal of (B, n, H, W) with |mu| < 5 and sigma from 0.017 to 148.
+    """(B, 2 n, H, W) -> Normal of (B, n, H, W) with |mu| < 5 and sigma from 0.017 to 7.4.
 
     If sigma could come near 0, or mu lie far out, the KL and its gradient would explode. Clamping
     by tanh leaves some gradient; tanh at 5 and the 0.01 are those of the paper's code.
+    There sigma can reach 148. Without BatchNorm one odd image in 25,000 led to such a z, that to
+    larger h and wider p in the groups behind, and so on, until nothing was finite. With z and x
+    bounded all is; in training sigma is below 4 otherwise.
     """
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
+    log_sigma = log_sigma.clamp(max=2)
     return Normal(
         mu, log_sigma.exp() + 0.01, validate_args=False
     )  # validation waits for the device
@@ -233,7 +238,9 @@ class Group(nn.Module):
         h = self.cells(h)
         context = feature + self.mix(h)
         of_p = self.prior(h).float()  # mu and ln sigma
-        of_q = of_p + self.posterior(context).float()  # q relative to p: the paper's section 3.2
+        # q relative to p (the paper's section 3.2), as mu shifted and sigma times a factor: where
+        # the image tells nothing new, q = p and the KL is 0, even while p changes in training.
+        of_q = of_p + self.posterior(context).float()
         p = soft_clamped_normal(of_p)
         q = soft_clamped_normal(of_q)
         z_before_flows = q.loc + q.scale * eps
@@ -260,7 +267,7 @@ class NVAE(nn.Module):
     groups: how many groups at half, a quarter, ... of the resolution, 0 for none.
     cells: residual cells before each group, in the encoder and (but for the first) top-down.
     outer: residual cells at full resolution, likewise, with the one that halves or doubles it.
-    expand, flows, residual: see decoder_cell, Flow and Cell.
+    expand, flows, residual: see decoder_cell, Flow and Cell; at full resolution half of expand.
     mixtures, latents: M of p(x|z), and n of each group.
     amp: compute in bf16, but for the distributions.
     """
@@ -405,8 +412,8 @@ class NVAE(nn.Module):
 #     S(a) S(b) (1/S(b) - 1/S(a)) = S(a) S(b) (exp(-b) - exp(-a)),
 # and as S(b) exp(-b) = S(-b), that is S(a) S(-b) (1 - exp(b - a)): a product, whose logarithm can
 # be computed well anywhere. The bin of byte 0 has no lower edge (b is minus infinity, P = S(a)) and
-# that of byte 255 no upper one (P = S(-b)), so that the 256 probabilities sum to 1. (The paper's
-# code does the latter for all x > 0.99, and so for byte 254 too, at 0.992: the sum is more than 1.)
+# that of byte 255 no upper one (P = S(-b)), so that the 256 probabilities sum to 1. (NVAE's code
+# drops the upper edge for all x > 0.99, so for byte 254 too, at 0.992: the sum is more than 1.)
 
 
 def scaled(images):
@@ -432,7 +439,8 @@ def mixture(logits, channels):
     parts = logits.unflatten(1, (logits_per_logistic(channels), -1))  # (B, K, M, H, W)
     sizes = [1, channels, channels, channels * (channels - 1) // 2]
     weights, means, log_s, c = parts.split(sizes, dim=1)
-    log_s = log_s.clamp(min=-7)  # or s would shrink for ever where images are of one colour
+    # Or s would shrink for ever where images are of one colour; and 1 / s may not round to 0.
+    log_s = log_s.clamp(-7, 7)
     return weights[:, 0], means, log_s, torch.tanh(c)
 
 
@@ -705,8 +713,8 @@ def set_rate(optimizers, lr):
 def make_optimizers(net, lr=0.02):
     """[Muon for convolutions inside, but depthwise ones, Adamax at lr / 2 for the other weights].
 
-    Others are, besides vectors and gates, the first layer of the stem, the flows, and the layer
-    that puts out p(x|z).
+    Others are, besides vectors, the constant `start` and gates, the first layer of the stem, the
+    flows, and the layer that puts out p(x|z).
     """
     inside = [layer for layer in net.modules() if isinstance(layer, Cell)]
     for group in net.groups:
