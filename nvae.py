@@ -24,19 +24,19 @@ To train, z_i is drawn from q, which sees h and the feature; to sample, from p, 
     loss = -ln p(x|z) + beta sum_i gamma_i KL_i + lambda R                    in nats per image
 beta rises to 1 in the first --kl-warmup epochs. Until then gamma_i, 1 on average, helps
 groups whose latents say little (kl_loss). R keeps the network smooth (Spectral). p(x|z) is of
-bytes; minus the bound over C H W ln 2, bits/dim, is what an ideal lossless code needs for each.
+bytes; the bound over C H W ln 2, bits/dim, is what an ideal lossless code needs for each of them.
 
     python nvae.py --epochs 50                                trains on CIFAR-10, files in runs/nvae
     python nvae.py --generate 1000                            PNG files, from the trained weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
 
-Read as far as training_step(), skipping Muon if you know it, and then train(), its loop.
-In your own project, import torch, nvae (square images, whose size halves; device, rate, beta, EMA:
-see train):
+Read as far as training_step(), and then train(), its loop; the rest is alike in all scripts.
+In your own project, import torch, nvae (any size that halves; beta, EMA: see train):
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net = nvae.NVAE(width=8, groups=(2, 1), channels=1, image_size=28)
     spectral, optimizers = nvae.Spectral(net), nvae.make_optimizers(net)
     for x in images.split(16): nvae.training_step(net, spectral, optimizers, x, beta=1.0)
+    net = nvae.calibrated_on_samples(net)
     samples = nvae.sample(net, 4)"""
 
 import argparse
@@ -67,9 +67,7 @@ class Cell(nn.Module):
 
     The gate multiplies each channel by a number in (0, 1) that depends on the means of all channels
     (squeeze and excitation). `residual` is small, so that a deep stack of cells begins as little
-    more than its skips. With it, Muon and R (Spectral) the network trains without the paper's
-    BatchNorm, whose statistics would have to be found anew for averaged weights, and once more for
-    samples, where z is from p.
+    more than its skips.
     """
 
     def __init__(self, skip, body, channels, residual):
@@ -99,9 +97,11 @@ def dense_cell(before, after, residual, down=False, up=False):
     if up:
         skip = enlarge(before, after)
     body = nn.Sequential(
+        nn.BatchNorm2d(before),
         nn.SiLU(),
         nn.Conv2d(before, after, 3, stride=2 if down else 1, padding=1),
         nn.Upsample(scale_factor=2) if up else nn.Identity(),
+        nn.BatchNorm2d(after),
         nn.SiLU(),
         nn.Conv2d(after, after, 3, padding=1),
     )
@@ -118,19 +118,24 @@ def decoder_cell(before, after, residual, expand=6, up=False):
 
     The paper's (figure 3a) has a depthwise 5x5 convolution, one filter per channel. It has so few
     weights that it can have `expand` times the channels, but all these must go through memory.
-    expand=0 stands for a dense cell, with which a small network learned faster on a CPU.
-    The first 1x1 convolution comes before the upsampling: the same for less.
+    expand=0 stands for a dense cell: with 40 channels at 16x16 it took a third of the time of
+    expand=6 on a CPU, as long as expand=3, and there a small network learned faster with it.
+    1x1 convolutions come before the upsampling: the same for less.
     """
     if expand == 0:
         return dense_cell(before, after, residual, up=up)
     wide = expand * before
     body = nn.Sequential(
-        nn.Conv2d(before, wide, 1),
+        nn.BatchNorm2d(before),
+        nn.Conv2d(before, wide, 1, bias=False),
+        nn.BatchNorm2d(wide),
         nn.SiLU(),
         nn.Upsample(scale_factor=2) if up else nn.Identity(),
-        nn.Conv2d(wide, wide, 5, padding=2, groups=wide),
+        nn.Conv2d(wide, wide, 5, padding=2, groups=wide, bias=False),
+        nn.BatchNorm2d(wide),
         nn.SiLU(),
-        nn.Conv2d(wide, after, 1),
+        nn.Conv2d(wide, after, 1, bias=False),
+        nn.BatchNorm2d(after),
     )
     return Cell(enlarge(before, after) if up else nn.Identity(), body, after, residual)
 
@@ -181,16 +186,12 @@ class Flow(nn.Module):
 
 
 def soft_clamped_normal(parameters):
-    """(B, 2 n, H, W) -> Normal of (B, n, H, W) with |mu| < 5 and sigma from 0.017 to 7.4.
+    """(B, 2 n, H, W) -> Normal of (B, n, H, W) with |mu| < 5 and sigma from 0.017 to 148.
 
     If sigma could come near 0, or mu lie far out, the KL and its gradient would explode. Clamping
     by tanh leaves some gradient; tanh at 5 and the 0.01 are those of the paper's code.
-    There sigma can reach 148. Without BatchNorm one odd image in 25,000 led to such a z, that to
-    larger h and wider p in the groups behind, and so on, until nothing was finite. With z and x
-    bounded all is; in training sigma is below 4 otherwise.
     """
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
-    log_sigma = log_sigma.clamp(max=2)
     return Normal(
         mu, log_sigma.exp() + 0.01, validate_args=False
     )  # validation waits for the device
@@ -238,9 +239,7 @@ class Group(nn.Module):
         h = self.cells(h)
         context = feature + self.mix(h)
         of_p = self.prior(h).float()  # mu and ln sigma
-        # q relative to p (the paper's section 3.2), as mu shifted and sigma times a factor: where
-        # the image tells nothing new, q = p and the KL is 0, even while p changes in training.
-        of_q = of_p + self.posterior(context).float()
+        of_q = of_p + self.posterior(context).float()  # q relative to p: the paper's section 3.2
         p = soft_clamped_normal(of_p)
         q = soft_clamped_normal(of_q)
         z_before_flows = q.loc + q.scale * eps
@@ -267,7 +266,7 @@ class NVAE(nn.Module):
     groups: how many groups at half, a quarter, ... of the resolution, 0 for none.
     cells: residual cells before each group, in the encoder and (but for the first) top-down.
     outer: residual cells at full resolution, likewise, with the one that halves or doubles it.
-    expand, flows, residual: see decoder_cell, Flow and Cell; at full resolution half of expand.
+    expand, flows, residual: see decoder_cell, Flow and Cell.
     mixtures, latents: M of p(x|z), and n of each group.
     amp: compute in bf16, but for the distributions.
     """
@@ -281,7 +280,7 @@ class NVAE(nn.Module):
         outer=2,
         expand=6,
         flows=0,
-        residual=0.3,
+        residual=0.1,
         mixtures=10,
         latents=20,
         channels=3,
@@ -412,8 +411,8 @@ class NVAE(nn.Module):
 #     S(a) S(b) (1/S(b) - 1/S(a)) = S(a) S(b) (exp(-b) - exp(-a)),
 # and as S(b) exp(-b) = S(-b), that is S(a) S(-b) (1 - exp(b - a)): a product, whose logarithm can
 # be computed well anywhere. The bin of byte 0 has no lower edge (b is minus infinity, P = S(a)) and
-# that of byte 255 no upper one (P = S(-b)), so that the 256 probabilities sum to 1. (NVAE's code
-# drops the upper edge for all x > 0.99, so for byte 254 too, at 0.992: the sum is more than 1.)
+# that of byte 255 no upper one (P = S(-b)), so that the 256 probabilities sum to 1. (The paper's
+# code does the latter for all x > 0.99, and so for byte 254 too, at 0.992: the sum is more than 1.)
 
 
 def scaled(images):
@@ -439,8 +438,7 @@ def mixture(logits, channels):
     parts = logits.unflatten(1, (logits_per_logistic(channels), -1))  # (B, K, M, H, W)
     sizes = [1, channels, channels, channels * (channels - 1) // 2]
     weights, means, log_s, c = parts.split(sizes, dim=1)
-    # Or s would shrink for ever where images are of one colour; and 1 / s may not round to 0.
-    log_s = log_s.clamp(-7, 7)
+    log_s = log_s.clamp(min=-7)  # or s would shrink for ever where images are of one colour
     return weights[:, 0], means, log_s, torch.tanh(c)
 
 
@@ -568,7 +566,7 @@ def weight_matrix(layer):
 
 
 class Spectral(nn.Module):
-    """R: the sum of the largest singular values of all convolutions.
+    """R: the sum of largest singular values of all convolutions and largest BatchNorm factors.
 
     They limit how much a small change of x or z can grow from layer to layer, and where it grows
     without limit KL and gradients explode. A convolution counts as the matrix that maps a patch of
@@ -581,6 +579,7 @@ class Spectral(nn.Module):
 
     def __init__(self, net, iterations=40):
         super().__init__()
+        self.norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
         self.stacks = {}  # shape: layers
         for layer in net.modules():
             if isinstance(layer, nn.Conv2d):
@@ -592,7 +591,7 @@ class Spectral(nn.Module):
         self(iterations)
 
     def forward(self, iterations=1):
-        total = 0.0
+        total = sum(layer.weight.abs().max() for layer in self.norms)
         for shape, layers in self.stacks.items():
             w = torch.stack([weight_matrix(layer) for layer in layers])  # (layers, rows, columns)
             u = getattr(self, shape)
@@ -608,8 +607,55 @@ class Spectral(nn.Module):
 
 
 @torch.no_grad()
+def calibrated(net, run, inputs):
+    """A copy of net for evaluation. Its BatchNorm has the mean statistics of all run(copy, input).
+
+    In training BatchNorm uses the statistics of the batch. Later it needs fixed ones. Which are
+    right depends on the weights (averaged weights have never been run) and on where z comes from:
+    from q, or from p at some temperature. All inputs count alike, so give batches of one size.
+    """
+    net = copy.deepcopy(net).train()
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain mean, not one that forgets
+    for one_input in inputs:
+        run(net, one_input)
+    return net.eval()
+
+
+def batches_of_one_size(images):
+    """Up to ten batches of 100 of uint8 images (N, C, H, W), from all over them; one if N < 100."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    order = torch.randperm(len(images), generator=generator, device=images.device)
+    size = min(100, len(images))
+    count = min(10, len(images) // size)
+    return images[order[: count * size]].split(size)
+
+
+def calibrated_on_images(net, images):
+    """For the bound and for reconstructions, where z comes from q: statistics of uint8 images."""
+    generator = torch.Generator(images.device).manual_seed(0)
+
+    def run(net, batch):
+        net(scaled(batch), net.noise(len(batch), generator))
+
+    return calibrated(net, run, batches_of_one_size(images))
+
+
+def calibrated_on_samples(net, temperature=1.0, calls=40):
+    """For samples at a temperature, where z comes from p: statistics of `calls` times 64."""
+    generator = torch.Generator(net.start.device).manual_seed(0)
+
+    def run(net, _):
+        net.generate(net.noise(64, generator), temperature)
+
+    return calibrated(net, run, range(calls))
+
+
+@torch.no_grad()
 def sample(net, count, temperature=1.0, pixels=0.7, generator=None):
-    """uint8 images (count, C, H, W).
+    """uint8 images (count, C, H, W) from a network calibrated on samples at the temperature.
 
     The temperature multiplies sigma of all p(z_i): below 1, images are safer and duller. `pixels`
     is the temperature of dmol_sample(): below 1, smoother.
@@ -713,12 +759,12 @@ def set_rate(optimizers, lr):
 def make_optimizers(net, lr=0.02):
     """[Muon for convolutions inside, but depthwise ones, Adamax at lr / 2 for the other weights].
 
-    Others are, besides vectors, the constant `start` and gates, the first layer of the stem, the
-    flows, and the layer that puts out p(x|z).
+    Others are, besides vectors and gates, the first layer of the stem, the flows, and the layers
+    that put out p(x|z), p(z_i) and q(z_i|x).
     """
     inside = [layer for layer in net.modules() if isinstance(layer, Cell)]
     for group in net.groups:
-        inside += [group.prior, group.mix, group.posterior, group.merge]
+        inside += [group.mix, group.merge]
     layers = nn.ModuleList(inside).modules()
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     hidden = [layer.weight for layer in convolutions if layer.groups == 1]
@@ -1156,13 +1202,13 @@ def train(args, checkpoint=None):
             )
             update_ema(ema, net, run.step, args.ema)
             run.record(terms)
-        reconstruction, kl = test_bound(ema, test[:1000])
+        reconstruction, kl = test_bound(calibrated_on_images(ema, images), test[:1000])
         run.end_epoch({"test loss": (reconstruction + kl.sum()).item()})
         if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.epochs:
             x = draw_samples(args, ema, 64, args.temperature)
             save_grid(x, run.out / f"samples_{epoch + 1:04d}.png")
-    draw_reconstructions(args, ema, test, run.out)
-    draw_scales(args, ema, test, run.out)
+    draw_reconstructions(args, ema, images, test, run.out)
+    draw_scales(args, ema, images, test, run.out)
     rows = [draw_samples(args, ema, 8, temperature) for temperature in (0.6, 0.7, 0.8, 0.9, 1.0)]
     save_grid(torch.cat(rows), run.out / "temperatures.png")
 
@@ -1174,15 +1220,17 @@ def train(args, checkpoint=None):
 def draw_samples(args, net, count, temperature):
     """uint8 images from noise that is always the same."""
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    net = calibrated_on_samples(net, temperature)
     return sample(net, count, temperature, args.pixels, generator)
 
 
 @torch.no_grad()
-def draw_reconstructions(args, net, test, out):
+def draw_reconstructions(args, net, images, test, out):
     """reconstructions.png: test images, each left of what is decoded from its latents."""
     from common import save_grid
 
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    net = calibrated_on_images(net, images)
     x = test[:32]
     logits, _ = net(scaled(x), net.noise(len(x), generator))
     pairs = torch.stack([x, quantise(dmol_mean(logits, net.channels))], dim=1)
@@ -1190,15 +1238,15 @@ def draw_reconstructions(args, net, test, out):
 
 
 @torch.no_grad()
-def redraw(net, batch, known, generator):
+def redraw(net, encoder, batch, known, generator):
     """Images like those of the batch: z of the first `known` groups from q, the others from p."""
-    _, draws = net(scaled(batch), net.noise(len(batch), generator))
+    _, draws = encoder(scaled(batch), encoder.noise(len(batch), generator))
     given = [draw.z for draw in draws[:known]]
     logits, _ = net.generate(net.noise(len(batch), generator), given=given)
     return quantise(dmol_mean(logits, net.channels))
 
 
-def draw_scales(args, net, test, out):
+def draw_scales(args, net, images, test, out):
     """scales.png: for each of four images a row for each level of latents, coarsest first.
 
     A row has the image, and seven draws that keep its latents of the levels in the rows above:
@@ -1207,14 +1255,20 @@ def draw_scales(args, net, test, out):
     from common import save_grid
 
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    encoder = calibrated_on_images(net, images)
     counts = [count for count in reversed(net.groups_by_level) if count > 0]
     grids = []
     for level in range(len(counts)):
         known = sum(counts[:level])  # groups of the levels above
+
+        def run(net, batch, known=known):
+            redraw(net, encoder, batch, known, generator)
+
+        calibrated_net = calibrated(net, run, batches_of_one_size(images))
         rows = []
         for x in test[:4].split(1):
             seven = x.expand(7, -1, -1, -1)
-            drawn = redraw(net, seven, known, generator)
+            drawn = redraw(calibrated_net, encoder, seven, known, generator)
             rows.append(torch.cat([x, drawn]))
         grids.append(torch.stack(rows))  # (4 images, 1 + 7, C, H, W)
     save_grid(torch.stack(grids, dim=1).flatten(0, 2), out / "scales.png")
@@ -1226,6 +1280,7 @@ def generate(args, net):
 
     out = Path(args.out)
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    net = calibrated_on_samples(net, args.temperature)
     for start in range(0, args.generate, 256):
         count = min(256, args.generate - start)
         x = sample(net, count, args.temperature, args.pixels, generator)
@@ -1241,6 +1296,7 @@ def interpolate(args, net):
     from common import save_grid
 
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    net = calibrated_on_samples(net, args.temperature)
     angle = torch.linspace(0, math.pi / 2, 8, device=args.device)[:, None, None, None]
     eps = []
     for start, end in zip(net.noise(8, generator), net.noise(8, generator), strict=True):
@@ -1250,10 +1306,11 @@ def interpolate(args, net):
     save_grid(quantise(dmol_mean(logits, net.channels)), Path(args.out) / "interpolate.png")
 
 
-def evaluate(args, net, test):
+def evaluate(args, net, images, test):
     """--evaluate: the bound on all test images, KL and active latents by group, a tighter bound."""
     from matplotlib.figure import Figure
 
+    net = calibrated_on_images(net, images)
     nats = nats_of_one_bit(test)
     reconstruction, kl = test_bound(net, test)
     for i, latents in enumerate(kl, start=1):
@@ -1289,8 +1346,8 @@ def use(args, checkpoint):
     if args.interpolate:
         interpolate(args, net)
     if args.evaluate:
-        _, test = load(args.data)
-        evaluate(args, net, test.to(args.device))
+        images, test = (split.to(args.device) for split in load(args.data, args.subset))
+        evaluate(args, net, images, test)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -1412,7 +1469,7 @@ def make_parser():
         help="channels of depthwise / other convolutions, 0: none",
     )
     add("--flows", default=0, type=natural, help="inverse autoregressive flows a group")
-    add("--residual", default=0.3, type=positive, help="scale of what a cell adds")
+    add("--residual", default=0.1, type=positive, help="scale of what a cell adds")
     add("--mixtures", default=10, type=count, help="logistics a pixel")
     add("--kl-warmup", default=2.0, type=number(float, 0), help="epochs until the KL counts fully")
     add("--spectral", default=1e-2, type=number(float, 0), help="lambda, weight of R")
