@@ -24,14 +24,15 @@ To train, z_i is drawn from q, which sees h and the feature; to sample, from p, 
     loss = -ln p(x|z) + beta sum_i gamma_i KL_i + lambda R                    in nats per image
 beta rises to 1 in the first --kl-warmup epochs. Until then gamma_i, 1 on average, helps
 groups whose latents say little (kl_loss). R keeps the network smooth (Spectral). p(x|z) is of
-bytes; the bound over C H W ln 2, bits/dim, is what an ideal lossless code needs for each of them.
+bytes; minus the bound over C H W ln 2, bits/dim, is what an ideal lossless code needs for each.
 
     python nvae.py --epochs 50                                trains on CIFAR-10, files in runs/nvae
-    python nvae.py --generate 1000                            PNG files, from the trained weights
+    python nvae.py --generate 1000                            PNG files, from the averaged weights
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
 
-Read as far as training_step(), and then train(), its loop; the rest is alike in all scripts.
-In your own project, import torch, nvae (any size that halves; beta, EMA: see train):
+Read as far as training_step(), skipping Muon if you know it, and then train(), its loop.
+In your own project, import torch, nvae (square images, whose size halves; device, rate, beta, EMA:
+see train):
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net = nvae.NVAE(width=8, groups=(2, 1), channels=1, image_size=28)
     spectral, optimizers = nvae.Spectral(net), nvae.make_optimizers(net)
@@ -118,9 +119,8 @@ def decoder_cell(before, after, residual, expand=6, up=False):
 
     The paper's (figure 3a) has a depthwise 5x5 convolution, one filter per channel. It has so few
     weights that it can have `expand` times the channels, but all these must go through memory.
-    expand=0 stands for a dense cell: with 40 channels at 16x16 it took a third of the time of
-    expand=6 on a CPU, as long as expand=3, and there a small network learned faster with it.
-    1x1 convolutions come before the upsampling: the same for less.
+    expand=0 stands for a dense cell, with which a small network learned faster on a CPU.
+    The first 1x1 convolution comes before the upsampling: the same for less.
     """
     if expand == 0:
         return dense_cell(before, after, residual, up=up)
@@ -239,7 +239,9 @@ class Group(nn.Module):
         h = self.cells(h)
         context = feature + self.mix(h)
         of_p = self.prior(h).float()  # mu and ln sigma
-        of_q = of_p + self.posterior(context).float()  # q relative to p: the paper's section 3.2
+        # q relative to p (the paper's section 3.2), as mu shifted and sigma times a factor: where
+        # the image tells nothing new, q = p and the KL is 0, even while p changes in training.
+        of_q = of_p + self.posterior(context).float()
         p = soft_clamped_normal(of_p)
         q = soft_clamped_normal(of_q)
         z_before_flows = q.loc + q.scale * eps
@@ -266,7 +268,7 @@ class NVAE(nn.Module):
     groups: how many groups at half, a quarter, ... of the resolution, 0 for none.
     cells: residual cells before each group, in the encoder and (but for the first) top-down.
     outer: residual cells at full resolution, likewise, with the one that halves or doubles it.
-    expand, flows, residual: see decoder_cell, Flow and Cell.
+    expand, flows, residual: see decoder_cell, Flow and Cell; at full resolution half of expand.
     mixtures, latents: M of p(x|z), and n of each group.
     amp: compute in bf16, but for the distributions.
     """
@@ -411,8 +413,8 @@ class NVAE(nn.Module):
 #     S(a) S(b) (1/S(b) - 1/S(a)) = S(a) S(b) (exp(-b) - exp(-a)),
 # and as S(b) exp(-b) = S(-b), that is S(a) S(-b) (1 - exp(b - a)): a product, whose logarithm can
 # be computed well anywhere. The bin of byte 0 has no lower edge (b is minus infinity, P = S(a)) and
-# that of byte 255 no upper one (P = S(-b)), so that the 256 probabilities sum to 1. (The paper's
-# code does the latter for all x > 0.99, and so for byte 254 too, at 0.992: the sum is more than 1.)
+# that of byte 255 no upper one (P = S(-b)), so that the 256 probabilities sum to 1. (NVAE's code
+# drops the upper edge for all x > 0.99, so for byte 254 too, at 0.992: the sum is more than 1.)
 
 
 def scaled(images):
@@ -438,7 +440,8 @@ def mixture(logits, channels):
     parts = logits.unflatten(1, (logits_per_logistic(channels), -1))  # (B, K, M, H, W)
     sizes = [1, channels, channels, channels * (channels - 1) // 2]
     weights, means, log_s, c = parts.split(sizes, dim=1)
-    log_s = log_s.clamp(min=-7)  # or s would shrink for ever where images are of one colour
+    # Or s would shrink for ever where images are of one colour; and 1 / s may not round to 0.
+    log_s = log_s.clamp(-7, 7)
     return weights[:, 0], means, log_s, torch.tanh(c)
 
 
@@ -658,7 +661,8 @@ def sample(net, count, temperature=1.0, pixels=0.7, generator=None):
     """uint8 images (count, C, H, W) from a network calibrated on samples at the temperature.
 
     The temperature multiplies sigma of all p(z_i): below 1, images are safer and duller. `pixels`
-    is the temperature of dmol_sample(): below 1, smoother.
+    is the temperature of dmol_sample(): below 1, smoother. Draws from p(x) are those with 1 and 1;
+    the 0.7 takes noise off.
     """
     logits, _ = net.generate(net.noise(count, generator), temperature)
     return quantise(dmol_sample(logits, pixels, generator, net.channels))
@@ -759,8 +763,8 @@ def set_rate(optimizers, lr):
 def make_optimizers(net, lr=0.02):
     """[Muon for convolutions inside, but depthwise ones, Adamax at lr / 2 for the other weights].
 
-    Others are, besides vectors and gates, the first layer of the stem, the flows, and the layers
-    that put out p(x|z), p(z_i) and q(z_i|x).
+    Others are, besides vectors, the constant `start` and gates, the first layer of the stem, the
+    flows, and the layers that put out p(x|z), p(z_i) and q(z_i|x).
     """
     inside = [layer for layer in net.modules() if isinstance(layer, Cell)]
     for group in net.groups:

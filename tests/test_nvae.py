@@ -167,6 +167,20 @@ def test_log_probability_is_that_of_a_loop(channels, seed):
 
 
 @grey_and_rgb
+@pytest.mark.parametrize("log_s", [7.0, 20.0, 300.0])
+@pytest.mark.parametrize("x", [-1, 0, 1])
+def test_the_widest_logistics_are_finite(channels, log_s, x):
+    """1 / s must not become 0: a bin would have no width."""
+    logits = pixel([0.0], [[0.3]] * channels, [[log_s]] * channels).float().requires_grad_()
+    at_x = torch.full((1, channels, 1, 1), float(x))
+    value = nvae.dmol_log_prob(logits, at_x)
+    value.sum().backward()
+    widest = pixel([0.0], [[0.3]] * channels, [[7.0]] * channels).float()
+    assert value.item() == nvae.dmol_log_prob(widest, at_x).item()
+    assert logits.grad.isfinite().all()
+
+
+@grey_and_rgb
 @pytest.mark.parametrize("x, mean", [(-1, 1), (1, -1), (0, 1), (-0.5, 0.9), (BYTES[254], -1)])
 def test_means_far_off_at_the_smallest_scale_still_learn(channels, x, mean):
     """P underflows there: its logarithm must not."""
