@@ -31,8 +31,7 @@ bytes; minus the bound over C H W ln 2, bits/dim, is what an ideal lossless code
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
 
 Read as far as training_step(), skipping Muon if you know it, and then train(), its loop.
-In your own project, import torch, nvae (square images, whose size halves; device, rate, beta, EMA:
-see train):
+In your own project, import torch, nvae (square images; device, rate, beta and EMA as in train()):
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net = nvae.NVAE(width=8, groups=(2, 1), channels=1, image_size=28)
     spectral, optimizers = nvae.Spectral(net), nvae.make_optimizers(net)
