@@ -30,7 +30,7 @@ scores and takes a little noise off at a time, down levels sigma_1 > ... > sigma
     python ncsn.py --generate 1000 --sampler langevin   PNG files, from the trained weights
     python ncsn.py --evaluate --inpaint --interpolate   loss by sigma, bits/dim, pictures
 
-Read as far as training_step(), and then train(), its loop; the rest is alike in all scripts.
+Read as far as training_step(), skipping Muon if you know it, and then train(), its loop.
 In your own project, import torch, ncsn (sides must halve twice; README has EMA and schedule):
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net = ncsn.ScoreNet(*ncsn.measure(images), channels=1, width=16)

@@ -31,7 +31,7 @@ bytes; minus the bound over C H W ln 2, bits/dim, is what an ideal lossless code
     python nvae.py --evaluate --iw 100 --interpolate          bits/dim, KL by group, pictures
 
 Read as far as training_step(), skipping Muon if you know it, and then train(), its loop.
-In your own project, import torch, nvae (square images; device, rate, beta and EMA as in train()):
+In your own project, import torch, nvae (square images whose size halves; the rest as in train()):
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     net = nvae.NVAE(width=8, groups=(2, 1), channels=1, image_size=28)
     spectral, optimizers = nvae.Spectral(net), nvae.make_optimizers(net)
@@ -238,8 +238,8 @@ class Group(nn.Module):
         h = self.cells(h)
         context = feature + self.mix(h)
         of_p = self.prior(h).float()  # mu and ln sigma
-        # q relative to p (the paper's section 3.2), as mu shifted and sigma times a factor: where
-        # the image tells nothing new, q = p and the KL is 0, even while p changes in training.
+        # q relative to p (the paper's section 3.2): what is added shifts mu and multiplies sigma.
+        # So 0, where the image tells nothing new, costs no KL, whatever p is.
         of_q = of_p + self.posterior(context).float()
         p = soft_clamped_normal(of_p)
         q = soft_clamped_normal(of_q)
@@ -267,7 +267,7 @@ class NVAE(nn.Module):
     groups: how many groups at half, a quarter, ... of the resolution, 0 for none.
     cells: residual cells before each group, in the encoder and (but for the first) top-down.
     outer: residual cells at full resolution, likewise, with the one that halves or doubles it.
-    expand, flows, residual: see decoder_cell, Flow and Cell; at full resolution half of expand.
+    expand (half of it at full resolution), flows, residual: see decoder_cell, Flow and Cell.
     mixtures, latents: M of p(x|z), and n of each group.
     amp: compute in bf16, but for the distributions.
     """
@@ -439,7 +439,8 @@ def mixture(logits, channels):
     parts = logits.unflatten(1, (logits_per_logistic(channels), -1))  # (B, K, M, H, W)
     sizes = [1, channels, channels, channels * (channels - 1) // 2]
     weights, means, log_s, c = parts.split(sizes, dim=1)
-    # Or s would shrink for ever where images are of one colour; and 1 / s may not round to 0.
+    # Below -7 s would shrink for ever where images are of one colour. Far above 7 1 / s would round
+    # to 0, and with it the probability of a byte.
     log_s = log_s.clamp(-7, 7)
     return weights[:, 0], means, log_s, torch.tanh(c)
 
