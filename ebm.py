@@ -481,8 +481,8 @@ class Muon(torch.optim.Optimizer):
         # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
         _, rows, columns = changes.shape
         rate = lr * math.sqrt(max(1, rows / columns))
-        for weight, change in zip(weights, changes, strict=True):
-            weight.sub_(change.view_as(weight), alpha=rate)
+        changes = [change.view_as(w) for w, change in zip(weights, changes, strict=True)]
+        torch._foreach_sub_(weights, changes, alpha=rate)
 
 
 def set_rate(optimizers, lr):
@@ -523,6 +523,15 @@ def match_loss(energy, x, settings, generator=None):
     return matching_error(slope, z, sigma).mean()
 
 
+def match_pass(net, images, settings, generator=None):
+    """match_loss() of uint8 images (B, C, H, W), (), and its gradients, which it leaves in net."""
+    x = dequantise(images, generator)
+    loss = match_loss(net.forward, x, settings, generator)  # not net(): see train()
+    net.zero_grad()
+    loss.backward()
+    return loss.detach()
+
+
 def chain_loss(net, x, settings, buffer, generator=None):
     """Contrastive divergence: (loss, terms to log, slots and ends of the buffer's chains).
 
@@ -554,28 +563,30 @@ def cancel_bad_step(net, gap, norm, recent_gaps):
     good = gap.isfinite() & norm.isfinite() & (gap.abs() <= limit)
     for p in net.parameters():
         if p.grad is not None:
-            p.grad = torch.where(good, p.grad, 0)
+            p.grad.masked_fill_(~good, 0)
     return good
 
 
-def training_step(net, optimizers, images, settings, stage, buffer=None, generator=None):
+def training_step(
+    net, optimizers, images, settings, stage, buffer=None, generator=None, backward=match_pass
+):
     """One step on uint8 images (B, C, H, W), in one of the STAGES; "chains" needs a buffer.
 
+    backward: match_pass, or on CUDA a Recorded, which needs a generator.
     Returns what is logged, {name: tensor ()}, all 0 but "skipped" if the step was bad.
     """
-    x = dequantise(images, generator)
-    match = match_loss(net.forward, x, settings, generator)  # not net(): see train()
+    match = backward(net, images, settings, generator)
     loss = match
     gap = torch.zeros_like(match)
     recent_gaps = torch.zeros_like(match)
     terms = {}
     if stage == "chains":
+        x = dequantise(images, generator)
         weighted_gap, terms, slots, chains = chain_loss(net, x, settings, buffer, generator)
+        weighted_gap.backward()  # to the gradients of match it adds its own
         loss = loss + weighted_gap
         gap = terms["gap"].detach()
         recent_gaps = buffer.gaps
-    net.zero_grad()
-    loss.backward()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     good = cancel_bad_step(net, gap, norm, recent_gaps)
     for optimizer in optimizers:
@@ -925,6 +936,48 @@ def schedule(step, total, facts):
     return "matching", step, chains_from, caution
 
 
+class Recorded:
+    """A pass forward and backward on a GPU, recorded at the first call and then replayed.
+
+    A pass is some thousand small pieces of work. Launching them one by one takes the CPU several
+    times as long as they take the GPU, so they are recorded as a CUDA graph, which is launched as a
+    whole. A graph does the same to the same memory again. Tensors that a call is given are copied
+    to where those of the first call were; what a pass puts out, gradients too, lies where it was
+    recorded. So tensors must keep their shapes, other arguments must stay those of the first call,
+    and gradients may be changed in place, but not be replaced or set to None.
+    The same in nvae.py and ebm.py.
+    """
+
+    def __init__(self, function, generator):
+        self.function = function
+        self.generator = generator  # of the function's noise
+        self.graph = None
+
+    def __call__(self, *inputs):
+        if self.graph is None:
+            self.record(inputs)
+        for ours, given in zip(self.inputs, inputs, strict=True):
+            if isinstance(given, torch.Tensor):
+                ours.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+    def record(self, inputs):
+        self.inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        state = self.generator.get_state()
+        stream = torch.cuda.Stream()  # a queue of its own, as PyTorch's manual wants for warming up
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what happens at first only: compiling, choice of algorithms
+                self.function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.generator.set_state(state)  # as if no noise had been drawn
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.generator)  # each replay draws new noise
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.function(*self.inputs)
+
+
 def train(args, checkpoint=None):
     """Train on --data from the start or, given a checkpoint, from where that was saved."""
     from common import fingerprint, load, save_grid
@@ -949,7 +1002,10 @@ def train(args, checkpoint=None):
     if checkpoint:
         run.restore(checkpoint)  # and the facts
     if args.compile:
-        net.compile()  # compiled code has no second gradient: match_loss() takes net.forward
+        net.compile()  # compiled code has no second gradient: match_pass() takes net.forward
+    backward = match_pass
+    if args.compile and args.device.type == "cuda":
+        backward = Recorded(match_pass, generator)
 
     for epoch in run.epochs():
         for batch in run.batches(images):
@@ -959,7 +1015,9 @@ def train(args, checkpoint=None):
             set_rate(optimizers, args.lr * rate * warmup_cosine(step, steps))
             if stage == "chains" and step == 0:
                 draw_chains(args, ema, test, run.out / "chains_before.png")
-            terms = training_step(net, optimizers, batch, settings, stage, buffer, generator)
+            terms = training_step(
+                net, optimizers, batch, settings, stage, buffer, generator, backward
+            )
             update_ema(ema, net, step, args.ema)  # at step 0 of a stage ema becomes net
             if run.step < (facts["chains_from"] or run.total) / 10:  # see guide()
                 early.load_state_dict(ema.state_dict())

@@ -614,8 +614,8 @@ class Muon(torch.optim.Optimizer):
         # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
         _, rows, columns = changes.shape
         rate = lr * math.sqrt(max(1, rows / columns))
-        for weight, change in zip(weights, changes, strict=True):
-            weight.sub_(change.view_as(weight), alpha=rate)
+        changes = [change.view_as(w) for w, change in zip(weights, changes, strict=True)]
+        torch._foreach_sub_(weights, changes, alpha=rate)
 
 
 def set_rate(optimizers, lr):

@@ -749,8 +749,8 @@ class Muon(torch.optim.Optimizer):
         # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
         _, rows, columns = changes.shape
         rate = lr * math.sqrt(max(1, rows / columns))
-        for weight, change in zip(weights, changes, strict=True):
-            weight.sub_(change.view_as(weight), alpha=rate)
+        changes = [change.view_as(w) for w, change in zip(weights, changes, strict=True)]
+        torch._foreach_sub_(weights, changes, alpha=rate)
 
 
 def set_rate(optimizers, lr):
@@ -1134,43 +1134,45 @@ def compile_cells(net):
 
 
 class Recorded:
-    """backward_pass() on a GPU, recorded at the first call as a CUDA graph and then replayed.
+    """A pass forward and backward on a GPU, recorded at the first call and then replayed.
 
     A pass is some thousand small pieces of work. Launching them one by one takes the CPU several
-    times as long as they take the GPU; a recorded graph is launched as a whole (34 ms a step in
-    place of 265 on an H200). A graph does the same to the same memory again: images and beta, both
-    tensors, are copied to where they were recorded, and gradients and terms come out where they
-    were. So all batches must have one size, the other arguments must stay those of the first call,
-    and nobody may give net other gradients in between.
+    times as long as they take the GPU, so they are recorded as a CUDA graph, which is launched as a
+    whole. A graph does the same to the same memory again. Tensors that a call is given are copied
+    to where those of the first call were; what a pass puts out, gradients too, lies where it was
+    recorded. So tensors must keep their shapes, other arguments must stay those of the first call,
+    and gradients may be changed in place, but not be replaced or set to None.
+    The same in nvae.py and ebm.py.
     """
 
-    def __init__(self):
+    def __init__(self, function, generator):
+        self.function = function
+        self.generator = generator  # of the function's noise
         self.graph = None
 
-    def __call__(self, net, spectral, images, beta, spectral_weight, generator):
+    def __call__(self, *inputs):
         if self.graph is None:
-            self.images = images.clone()
-            self.beta = beta.clone()
-            inputs = net, spectral, self.images, self.beta, spectral_weight, generator
-            self.record(inputs, generator)
-        self.images.copy_(images)
-        self.beta.copy_(beta)
+            self.record(inputs)
+        for ours, given in zip(self.inputs, inputs, strict=True):
+            if isinstance(given, torch.Tensor):
+                ours.copy_(given)
         self.graph.replay()
-        return self.terms
+        return self.outputs
 
-    def record(self, inputs, generator):
-        state = generator.get_state()
+    def record(self, inputs):
+        self.inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        state = self.generator.get_state()
         stream = torch.cuda.Stream()  # a queue of its own, as PyTorch's manual wants for warming up
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # what happens at first only: compiling, choice of algorithms
-                backward_pass(*inputs)
+                self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        generator.set_state(state)  # as if no noise had been drawn
+        self.generator.set_state(state)  # as if no noise had been drawn
         self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(generator)  # each replay draws new noise
+        self.graph.register_generator_state(self.generator)  # each replay draws new noise
         with torch.cuda.graph(self.graph):
-            self.terms = backward_pass(*inputs)
+            self.outputs = self.function(*self.inputs)
 
 
 def train(args, checkpoint=None):
@@ -1194,7 +1196,9 @@ def train(args, checkpoint=None):
         run.restore(checkpoint)
     if args.compile:
         compile_cells(net)
-    backward = Recorded() if args.compile and args.device.type == "cuda" else backward_pass
+    backward = backward_pass
+    if args.compile and args.device.type == "cuda":
+        backward = Recorded(backward_pass, generator)
 
     warmup_steps = args.kl_warmup * run.steps_per_epoch
     for epoch in run.epochs():

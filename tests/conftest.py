@@ -1,5 +1,6 @@
 """What the tests share: a folder of their own, one line of error, and tiny runs of the scripts."""
 
+import contextlib
 import csv
 import importlib
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -55,6 +57,69 @@ def dies(capfd):
         return lines[0]
 
     return check
+
+
+def gradients(net):
+    return [parameter.grad for parameter in net.parameters()]
+
+
+class StandInGraph:
+    """On a CPU it does what a CUDA graph does: it repeats what ran while it recorded.
+
+    It takes the arguments of then, and what comes out goes where it went then, whatever the
+    gradients of the network, the first argument, have become since.
+    """
+
+    ran = []  # (function, arguments, outputs)
+
+    @classmethod
+    def wrap(cls, function):
+        def spied(*inputs):
+            outputs = function(*inputs)
+            cls.ran.append((function, inputs, outputs))
+            return outputs
+
+        return spied
+
+    def register_generator_state(self, generator):
+        self.generator = generator
+
+    @contextlib.contextmanager
+    def record(self):
+        state = self.generator.get_state()
+        yield
+        self.generator.set_state(state)  # recording draws nothing
+        self.function, self.inputs, self.outputs = self.ran[-1]
+        self.gradients = gradients(self.inputs[0])
+
+    def replay(self):
+        net = self.inputs[0]
+        now = gradients(net)
+        outputs = self.function(*self.inputs)
+        if isinstance(outputs, dict):
+            for name, value in outputs.items():
+                self.outputs[name].copy_(value)
+        else:
+            self.outputs.copy_(outputs)
+        for recorded, gradient in zip(self.gradients, gradients(net), strict=True):
+            recorded.copy_(gradient)
+        for parameter, gradient in zip(net.parameters(), now, strict=True):
+            parameter.grad = gradient
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def recording(request, monkeypatch):
+    """(device, wrap): a script's Recorded(wrap(function), generator) works on that device."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("records a CUDA graph")
+        return "cuda", lambda function: function
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    monkeypatch.setattr(torch.cuda, "graph", StandInGraph.record)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", mock.MagicMock)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock)
+    return "cpu", StandInGraph.wrap
 
 
 def shorten_samplers(module, monkeypatch):

@@ -978,6 +978,34 @@ def test_a_gap_like_the_recent_ones_is_not_wild(monkeypatch):
     assert ebm.training_step(*parts)["skipped"] == 1
 
 
+def test_a_recorded_pass_trains_as_the_pass_does(recording):
+    """Steps of both stages, and a bad one between them."""
+    device, wrap = recording
+    net = network(kind=Spoiled).to(device)
+    nets = net, copy.deepcopy(net)
+    settings = ebm.Settings(steps=2, smooth=0.4)
+    generators = [torch.Generator(device).manual_seed(0) for _ in nets]
+    passes = ebm.Recorded(wrap(ebm.match_pass), generators[0]), ebm.match_pass
+    for one, generator, backward in zip(nets, generators, passes, strict=True):
+        optimizers = ebm.make_optimizers(one)
+        buffer = some_chains(9, 3, 8, 8).to(device)
+        for step, stage in enumerate(["matching", "matching", "chains", "chains", "chains"]):
+            x = rand_bytes(4, 3, 8, 8, seed=step).to(device)
+            if step == 3:
+                one.factor = math.nan  # the recorded pass does not know, but the chains do
+            terms = ebm.training_step(
+                one, optimizers, x, settings, stage, buffer, generator, backward
+            )
+            assert terms["skipped"] == (step == 3)
+            one.factor = 1.0
+    start, after, due = (weights_of(one) for one in (network().to(device), *nets))
+    assert (after - due).norm() < (due - start).norm() * (1e-3 if device == "cpu" else 5e-2)
+
+
+def weights_of(net):
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails where Python would wait for what a tensor holds, to branch on it or for a size."""
 

@@ -105,6 +105,7 @@ def test_the_scripts_keep_their_books_alike():
     )
     for name in [*books.split(), *command_line.split(), "bf16_is_native", "choose_speed"]:
         assert len({source[name] for source in sources}) == 1, name
+    assert definitions("nvae")["Recorded"] == definitions("ebm")["Recorded"]
 
 
 def test_commands_of_the_readme_parse(monkeypatch):
