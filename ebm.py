@@ -524,9 +524,10 @@ def match_loss(energy, x, settings, generator=None):
 
 
 def match_pass(net, images, settings, generator=None):
-    """match_loss() of uint8 images (B, C, H, W), (), and its gradients, which it leaves in net."""
+    """match_loss() of uint8 images (B, C, H, W), (). Its gradients are left in net, alone there."""
     x = dequantise(images, generator)
-    loss = match_loss(net.forward, x, settings, generator)  # not net(): see train()
+    # Not net(), which train() compiles: compiled code has no second gradient.
+    loss = match_loss(net.forward, x, settings, generator)
     net.zero_grad()
     loss.backward()
     return loss.detach()
@@ -556,7 +557,7 @@ def cancel_bad_step(net, gap, norm, recent_gaps):
 
     Bad is a gap or gradient norm that is not finite, or a |gap| above 10 (for images like
     CIFAR-10's it is far below) that is also above five times the median of the last 100. All this
-    stays on the device: where(good, ...) in place of `if good`, for which the program would have to
+    stays on the device: masked_fill_ in place of `if good`, for which the program would have to
     wait.
     """
     limit = (5 * recent_gaps.abs().median()).clamp(min=10)
@@ -572,7 +573,7 @@ def training_step(
 ):
     """One step on uint8 images (B, C, H, W), in one of the STAGES; "chains" needs a buffer.
 
-    backward: match_pass, or on CUDA a Recorded, which needs a generator.
+    backward: match_pass, or on CUDA a Recorded of it, with the same generator.
     Returns what is logged, {name: tensor ()}, all 0 but "skipped" if the step was bad.
     """
     match = backward(net, images, settings, generator)
@@ -941,10 +942,10 @@ class Recorded:
 
     A pass is some thousand small pieces of work. Launching them one by one takes the CPU several
     times as long as they take the GPU, so they are recorded as a CUDA graph, which is launched as a
-    whole. A graph does the same to the same memory again. Tensors that a call is given are copied
-    to where those of the first call were; what a pass puts out, gradients too, lies where it was
-    recorded. So tensors must keep their shapes, other arguments must stay those of the first call,
-    and gradients may be changed in place, but not be replaced or set to None.
+    whole. A graph does the same to the same memory again, and Python is not run: tensors that a
+    call is given, of the shapes of the first call, are copied to where those were; other arguments
+    stay those of the first call; what comes out, gradients too, is written where it was recorded,
+    over what is there. So weights and gradients may be changed in place, but not be replaced.
     The same in nvae.py and ebm.py.
     """
 
@@ -972,10 +973,11 @@ class Recorded:
                 self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.generator.set_state(state)  # as if no noise had been drawn
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.generator)  # each replay draws new noise
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)  # each replay draws new noise
+        with torch.cuda.graph(graph):
             self.outputs = self.function(*self.inputs)
+        self.graph = graph
 
 
 def train(args, checkpoint=None):
@@ -1002,10 +1004,9 @@ def train(args, checkpoint=None):
     if checkpoint:
         run.restore(checkpoint)  # and the facts
     if args.compile:
-        net.compile()  # compiled code has no second gradient: match_pass() takes net.forward
-    backward = match_pass
-    if args.compile and args.device.type == "cuda":
-        backward = Recorded(match_pass, generator)
+        net.compile()  # what net() runs: for the chains
+    on_gpu = args.compile and args.device.type == "cuda"
+    backward = Recorded(match_pass, generator) if on_gpu else match_pass
 
     for epoch in run.epochs():
         for batch in run.batches(images):
@@ -1288,7 +1289,7 @@ def shared_parser(lr):
     add("--seed", default=0, type=number(int, 0), help="of weights, order of images and noise")
     add("--device", default=str(fastest), type=device, help="cpu, cuda, cuda:1, mps, xpu, ...")
     add("--amp", action=switch, help="bf16 in the network; if not given, where it is native")
-    add("--compile", action=switch, help="torch.compile; if not given, on cuda")
+    add("--compile", action=switch, help="torch.compile and CUDA graphs; if not given, on cuda")
     add("--out", default=f"runs/{NAME}", help="folder of the run")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--time-limit", type=number(float, 0), metavar="MINUTES", help="save and stop after that")
@@ -1376,6 +1377,8 @@ def choose_speed(args):
     if args.compile is None:  # its compiler, Triton, needs a GPU of capability 7
         args.compile = cuda and torch.cuda.get_device_capability(args.device) >= (7, 0)
     if cuda:
+        if args.device.index is not None:
+            torch.cuda.set_device(args.device)  # where streams and graphs go, too
         torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16 anyway
         torch.backends.cudnn.benchmark = True  # finds the quickest convolution for each shape
 

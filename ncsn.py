@@ -1210,7 +1210,7 @@ def shared_parser(lr):
     add("--seed", default=0, type=number(int, 0), help="of weights, order of images and noise")
     add("--device", default=str(fastest), type=device, help="cpu, cuda, cuda:1, mps, xpu, ...")
     add("--amp", action=switch, help="bf16 in the network; if not given, where it is native")
-    add("--compile", action=switch, help="torch.compile; if not given, on cuda")
+    add("--compile", action=switch, help="torch.compile and CUDA graphs; if not given, on cuda")
     add("--out", default=f"runs/{NAME}", help="folder of the run")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--time-limit", type=number(float, 0), metavar="MINUTES", help="save and stop after that")
@@ -1293,6 +1293,8 @@ def choose_speed(args):
     if args.compile is None:  # its compiler, Triton, needs a GPU of capability 7
         args.compile = cuda and torch.cuda.get_device_capability(args.device) >= (7, 0)
     if cuda:
+        if args.device.index is not None:
+            torch.cuda.set_device(args.device)  # where streams and graphs go, too
         torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16 anyway
         torch.backends.cudnn.benchmark = True  # finds the quickest convolution for each shape
 

@@ -139,13 +139,6 @@ def shorten_samplers(module, monkeypatch):
         monkeypatch.setattr(module, "heun_levels", few_heun_levels)
         monkeypatch.setattr(module, "make_ladder", few_levels)
         monkeypatch.setattr(module, "langevin_settings", one_step_a_level)
-    if module.NAME == "nvae":
-        calibrated_on_samples = module.calibrated_on_samples
-
-        def calibrated_on_few_samples(net, temperature=1.0):
-            return calibrated_on_samples(net, temperature, calls=2)
-
-        monkeypatch.setattr(module, "calibrated_on_samples", calibrated_on_few_samples)
     if module.NAME == "ebm":
         monkeypatch.setattr(module, "CHAIN_ROWS", [0, 1, 3])
 

@@ -18,7 +18,7 @@ NETWORKS = {
 # Layers that are not Muon's: at the ends of the network, or not of a block.
 ENDS = {
     "ncsn": r"^(stem|out|embed)",
-    "nvae": r"^stem.0$|^out.\d+$|prior|posterior|flows|gate",
+    "nvae": r"^stem.0$|^out.\d+$|flows|gate",
     "ebm": r"^(stem|out)",
 }
 

@@ -1,5 +1,6 @@
 """What the three scripts do with trained weights, and what they say to a wrong command line."""
 
+import argparse
 import itertools
 import math
 import re
@@ -172,6 +173,19 @@ def test_bf16_is_for_gpus_that_are_made_for_it(run, monkeypatch, capability, nat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: capability)
     assert run.module.bf16_is_native(torch.device("cuda")) == native
     assert not run.module.bf16_is_native(torch.device("mps"))
+
+
+@pytest.mark.parametrize("place, due", [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_streams_and_graphs_go_to_the_gpu_that_is_named(run, monkeypatch, place, due):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    args = argparse.Namespace(device=torch.device(place), amp=None, compile=None)
+    run.module.choose_speed(args)
+    assert chosen == due
+    assert args.compile == (place != "cpu")
 
 
 @pytest.mark.parametrize("has", ["avx512_bf16", "amx_bf16", "avx512_f", None])
