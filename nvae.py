@@ -117,7 +117,7 @@ def decoder_cell(before, after, residual, expand=0, up=False):
     expand=0: a dense cell, as in the encoder. Otherwise the paper's (figure 3a), with a depthwise
     5x5 convolution, one filter per channel. It has so few weights that it can have `expand` times
     the channels, but all these must go through memory, and such filters are not for Muon. In our
-    tries dense cells learned much more from each step, in half the time. (The first 1x1 convolution
+    tries dense cells learned much more from each step, in less time. (The first 1x1 convolution
     comes before the upsampling, which repeats pixels: the same result from a quarter of them.)
     """
     if expand == 0:
