@@ -621,9 +621,9 @@ def test_stages_follow_each_other_and_the_rate_starts_anew_with_the_chains(run, 
     stages = []
     training_step = run.module.training_step
 
-    def watched_step(net, optimizers, batch, settings, stage, buffer, generator):
+    def watched_step(net, optimizers, batch, settings, stage, *rest):
         stages.append(stage)
-        return training_step(net, optimizers, batch, settings, stage, buffer, generator)
+        return training_step(net, optimizers, batch, settings, stage, *rest)
 
     monkeypatch.setattr(run.module, "training_step", watched_step)
     assert run.train("--epochs 3 --warm-up 0.6 --lr 0.5 --out r") == 0
