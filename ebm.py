@@ -524,7 +524,7 @@ def match_loss(energy, x, settings, generator=None):
 
 
 def match_pass(net, images, settings, generator=None):
-    """match_loss() of uint8 images (B, C, H, W), (). Its gradients are left in net, alone there."""
+    """match_loss() of uint8 images (B, C, H, W), (). Only its gradients are left in net."""
     x = dequantise(images, generator)
     # Not net(), which train() compiles: compiled code has no second gradient.
     loss = match_loss(net.forward, x, settings, generator)
@@ -557,8 +557,8 @@ def cancel_bad_step(net, gap, norm, recent_gaps):
 
     Bad is a gap or gradient norm that is not finite, or a |gap| above 10 (for images like
     CIFAR-10's it is far below) that is also above five times the median of the last 100. All this
-    stays on the device: masked_fill_ in place of `if good`, for which the program would have to
-    wait.
+    stays on the device: masked_fill_(~good, 0) in place of `if not good`, for which the program
+    would have to wait.
     """
     limit = (5 * recent_gaps.abs().median()).clamp(min=10)
     good = gap.isfinite() & norm.isfinite() & (gap.abs() <= limit)
@@ -980,6 +980,15 @@ class Recorded:
         self.graph = graph
 
 
+def quick_pass(args, net, generator):
+    """match_pass, on CUDA as a Recorded; with --compile net() is compiled, for the chains."""
+    if args.compile:
+        net.compile()
+    if args.compile and args.device.type == "cuda":
+        return Recorded(match_pass, generator)
+    return match_pass
+
+
 def train(args, checkpoint=None):
     """Train on --data from the start or, given a checkpoint, from where that was saved."""
     from common import fingerprint, load, save_grid
@@ -1003,10 +1012,7 @@ def train(args, checkpoint=None):
     facts["chains_from"] = int(args.warm_up * run.total)
     if checkpoint:
         run.restore(checkpoint)  # and the facts
-    if args.compile:
-        net.compile()  # what net() runs: for the chains
-    on_gpu = args.compile and args.device.type == "cuda"
-    backward = Recorded(match_pass, generator) if on_gpu else match_pass
+    backward = quick_pass(args, net, generator)
 
     for epoch in run.epochs():
         for batch in run.batches(images):

@@ -189,9 +189,8 @@ def soft_clamped_normal(parameters):
     """
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     log_sigma = log_sigma.clamp(max=2)
-    return Normal(
-        mu, log_sigma.exp() + 0.01, validate_args=False
-    )  # validation waits for the device
+    sigma = log_sigma.exp() + 0.01
+    return Normal(mu, sigma, validate_args=False)  # to validate, the program waits for the device
 
 
 @dataclass
@@ -1128,6 +1127,15 @@ class Recorded:
         self.graph = graph
 
 
+def quick_pass(args, net, generator):
+    """backward_pass, on CUDA as a Recorded; with --compile cells are compiled."""
+    if args.compile:
+        compile_cells(net)
+    if args.compile and args.device.type == "cuda":
+        return Recorded(backward_pass, generator)
+    return backward_pass
+
+
 def train(args, checkpoint=None):
     """Train on --data from the start or, given a checkpoint, from where that was saved."""
     from common import fingerprint, load, save_grid
@@ -1147,10 +1155,7 @@ def train(args, checkpoint=None):
     run = Run(args, images, parts, facts, generator)
     if checkpoint:
         run.restore(checkpoint)
-    if args.compile:
-        compile_cells(net)
-    on_gpu = args.compile and args.device.type == "cuda"
-    backward = Recorded(backward_pass, generator) if on_gpu else backward_pass
+    backward = quick_pass(args, net, generator)
 
     warmup_steps = args.kl_warmup * run.steps_per_epoch
     for epoch in run.epochs():
@@ -1422,12 +1427,7 @@ def make_parser():
     add("--mixtures", default=10, type=count, help="logistics a pixel")
     add("--kl-warmup", default=0.3, type=number(float, 0), help="epochs until the KL counts fully")
     add("--spectral", default=1e-2, type=number(float, 0), help="lambda, weight of R")
-    add(
-        "--temperature",
-        default=1.2,
-        type=positive,
-        help="of latents: below 1 duller, above 1 bolder",
-    )
+    add("--temperature", default=1.2, type=positive, help="of latents: below 1 duller images")
     add("--pixels", default=0.5, type=positive, help="temperature of pixels: below 1 smoother")
     add("--interpolate", action="store_true", help="only draw the ways between samples")
     add("--iw", default=20, type=count, metavar="K", help="draws of z for the tighter bound")

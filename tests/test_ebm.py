@@ -998,12 +998,10 @@ def test_a_recorded_pass_trains_as_the_pass_does(recording):
             )
             assert terms["skipped"] == (step == 3)
             one.factor = 1.0
-    start, after, due = (weights_of(one) for one in (network().to(device), *nets))
+    start, after, due = (
+        nn.utils.parameters_to_vector(one.parameters()) for one in (network().to(device), *nets)
+    )
     assert (after - due).norm() < (due - start).norm() * (1e-3 if device == "cpu" else 5e-2)
-
-
-def weights_of(net):
-    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
 
 
 class NoWaiting(TorchDispatchMode):
