@@ -401,7 +401,7 @@ def decoys(x, generator=None):
 
 
 # --------------------------------------------------------------------------------------- optimisers
-# orthogonal and Muon are the same in nvae.py, ncsn.py and ebm.py.
+# orthogonal, Muon and set_rate are the same in nvae.py, ncsn.py and ebm.py.
 
 
 def orthogonal(matrices, iterations=5):
@@ -441,12 +441,11 @@ class Muon(torch.optim.Optimizer):
     loss is steep. Descent goes far along these and hardly moves along the others, though they may
     matter as much in the end, and Adam, which looks at each number alone, does not mend that.
     U V^T goes equally far along all of them. Its size is known, whatever the gradient's: a step
-    changes what a layer makes of an input of length 1 by about `lr` at most (if it has more outputs
-    than inputs by more: see below).
+    changes what a layer makes of an input of length 1 by about `lr` at most, or by somewhat more if
+    the layer has more outputs than inputs (see below).
     A convolution counts as the matrix (C_out, rest) that maps a patch of its input to a pixel.
-    Vectors are left to Adam (in nvae.py Adamax), and so are layers at the ends of a network, where
-    a row or column stands for something by itself (a colour, a logit) and sizes differ for good
-    reason.
+    Vectors are left to Adam, and so are layers at the ends of a network, where a row or column
+    stands for something by itself (a colour, a logit) and sizes differ for good reason.
     A weight stays where it is, in spite of momentum, while its whole gradient is 0: so a step can
     be skipped (ebm.py) without asking the device.
     """
@@ -480,13 +479,13 @@ class Muon(torch.optim.Optimizer):
         # If there are more rows than columns, rows of U V^T have a length of only
         # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
         _, rows, columns = changes.shape
-        rate = lr * math.sqrt(max(1, rows / columns))
+        changes *= lr * math.sqrt(max(1, rows / columns))
         changes = [change.view_as(w) for w, change in zip(weights, changes, strict=True)]
-        torch._foreach_sub_(weights, changes, alpha=rate)
+        torch._foreach_sub_(weights, changes)
 
 
 def set_rate(optimizers, lr):
-    """Set the learning rates of make_optimizers()."""
+    """Set the learning rates of make_optimizers(); lr is a number or a tensor ()."""
     muon, adam = optimizers
     muon.param_groups[0]["lr"] = lr
     adam.param_groups[0]["lr"] = lr / 10
@@ -938,46 +937,61 @@ def schedule(step, total, facts):
 
 
 class Recorded:
-    """A pass forward and backward on a GPU, recorded at the first call and then replayed.
+    """A function for a GPU, recorded at its fourth call and replayed from then on.
 
-    A pass is some thousand small pieces of work. Launching them one by one takes the CPU several
-    times as long as they take the GPU, so they are recorded as a CUDA graph, which is launched as a
-    whole. A graph does the same to the same memory again, and Python is not run: tensors that a
-    call is given, of the shapes of the first call, are copied to where those were; other arguments
-    stay those of the first call; what comes out, gradients too, is written where it was recorded,
-    over what is there. So weights and gradients may be changed in place, but not be replaced.
+    A training step is some thousand small pieces of work. Launching them one by one takes the CPU
+    longer than they take the GPU, so they are recorded as a CUDA graph, which is launched as a
+    whole. A graph does the same to the same memory again, and Python is not run. So tensors and
+    floats that a call is given are copied to the memory of those that were recorded, where floats
+    are tensors (), too; other arguments stay as they were. What comes out, gradients too, is
+    written over what came out before. Weights and an optimiser's averages may be changed in place,
+    but not be replaced, as its load_state_dict() would.
     The same in nvae.py and ebm.py.
     """
 
     def __init__(self, function, generator):
         self.function = function
         self.generator = generator  # of the function's noise
+        self.first_calls = 3  # for what happens at first only, such as compiling
+        self.stream = torch.cuda.Stream()  # a queue for these, as PyTorch's manual wants
         self.graph = None
 
-    def __call__(self, *inputs):
+    def __call__(self, *arguments):
+        if self.first_calls > 0:
+            self.first_calls -= 1
+            return self.call(arguments)
         if self.graph is None:
-            self.record(inputs)
-        for ours, given in zip(self.inputs, inputs, strict=True):
+            self.capture(arguments)
+        for ours, given in zip(self.arguments, arguments, strict=True):
             if isinstance(given, torch.Tensor):
                 ours.copy_(given)
+            elif isinstance(given, float):
+                ours.fill_(given)
         self.graph.replay()
         return self.outputs
 
-    def record(self, inputs):
-        self.inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
-        state = self.generator.get_state()
-        stream = torch.cuda.Stream()  # a queue of its own, as PyTorch's manual wants for warming up
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # what happens at first only: compiling, choice of algorithms
-                self.function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.generator.set_state(state)  # as if no noise had been drawn
+    def call(self, arguments):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(*arguments)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def capture(self, arguments):
+        self.arguments = [self.own(given) for given in arguments]
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)  # each replay draws new noise
         with torch.cuda.graph(graph):
-            self.outputs = self.function(*self.inputs)
+            self.outputs = self.function(*self.arguments)
         self.graph = graph
+
+    def own(self, given):
+        """The memory for an argument."""
+        if isinstance(given, torch.Tensor):
+            return given.clone()
+        if isinstance(given, float):
+            return torch.full((), given, device=self.generator.device)
+        return given
 
 
 def quick_pass(args, net, generator):

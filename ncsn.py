@@ -534,7 +534,7 @@ def bits_per_dim(score, x, levels, generator=None):
 
 
 # --------------------------------------------------------------------------------------- optimisers
-# orthogonal and Muon are the same in nvae.py, ncsn.py and ebm.py.
+# orthogonal, Muon and set_rate are the same in nvae.py, ncsn.py and ebm.py.
 
 
 def orthogonal(matrices, iterations=5):
@@ -574,12 +574,11 @@ class Muon(torch.optim.Optimizer):
     loss is steep. Descent goes far along these and hardly moves along the others, though they may
     matter as much in the end, and Adam, which looks at each number alone, does not mend that.
     U V^T goes equally far along all of them. Its size is known, whatever the gradient's: a step
-    changes what a layer makes of an input of length 1 by about `lr` at most (if it has more outputs
-    than inputs by more: see below).
+    changes what a layer makes of an input of length 1 by about `lr` at most, or by somewhat more if
+    the layer has more outputs than inputs (see below).
     A convolution counts as the matrix (C_out, rest) that maps a patch of its input to a pixel.
-    Vectors are left to Adam (in nvae.py Adamax), and so are layers at the ends of a network, where
-    a row or column stands for something by itself (a colour, a logit) and sizes differ for good
-    reason.
+    Vectors are left to Adam, and so are layers at the ends of a network, where a row or column
+    stands for something by itself (a colour, a logit) and sizes differ for good reason.
     A weight stays where it is, in spite of momentum, while its whole gradient is 0: so a step can
     be skipped (ebm.py) without asking the device.
     """
@@ -613,13 +612,13 @@ class Muon(torch.optim.Optimizer):
         # If there are more rows than columns, rows of U V^T have a length of only
         # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
         _, rows, columns = changes.shape
-        rate = lr * math.sqrt(max(1, rows / columns))
+        changes *= lr * math.sqrt(max(1, rows / columns))
         changes = [change.view_as(w) for w, change in zip(weights, changes, strict=True)]
-        torch._foreach_sub_(weights, changes, alpha=rate)
+        torch._foreach_sub_(weights, changes)
 
 
 def set_rate(optimizers, lr):
-    """Set the learning rates of make_optimizers()."""
+    """Set the learning rates of make_optimizers(); lr is a number or a tensor ()."""
     muon, adam = optimizers
     muon.param_groups[0]["lr"] = lr
     adam.param_groups[0]["lr"] = lr / 10

@@ -48,6 +48,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def enlarge(before, after):
 
 
 def decoder_cell(before, after, residual, expand=0, up=False):
-    """Cell of the top-down path, from `before` to `after` channels, up: to twice H and W.
+    """Cell of the top-down path, from `before` to `after` channels; up: to twice H and W.
 
     expand=0: a dense cell, as in the encoder. Otherwise the paper's (figure 3a), with a depthwise
     5x5 convolution, one filter per channel. It has so few weights that it can have `expand` times
@@ -171,7 +172,7 @@ class Flow(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, z, context):
-        # All that belongs to z is turned here and back again below, so "before" means "behind".
+        # All that belongs to z is turned here and back again below: "before" becomes "behind".
         h = self.first(z.flip(self.turned_axes))
         h = h + self.context(context).flip(self.turned_axes[1:])  # its channels are not latents
         a, b = self.last(elu(h)).to(z.dtype).unflatten(1, (-1, 2)).unbind(2)
@@ -190,7 +191,7 @@ def soft_clamped_normal(parameters):
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     log_sigma = log_sigma.clamp(max=2)
     sigma = log_sigma.exp() + 0.01
-    return Normal(mu, sigma, validate_args=False)  # to validate, the program waits for the device
+    return Normal(mu, sigma, validate_args=False)  # validating would wait for the device
 
 
 @dataclass
@@ -405,7 +406,7 @@ class NVAE(nn.Module):
 # colour has mean m and scale s, and a byte has the probability that falls into its bin. With byte v
 # at x = v / 127.5 - 1 and the logistic's distribution function S(a) = 1 / (1 + exp(-a)),
 #     P(v) = S(a) - S(b),     a = (x - m + 1/255) / s,     b = (x - m - 1/255) / s.
-# Where both are near 1 rounding takes their difference, and near 0 they underflow. But it is
+# Where both are near 1, rounding takes their difference, and near 0 they underflow. But it is
 #     S(a) S(b) (1/S(b) - 1/S(a)) = S(a) S(b) (exp(-b) - exp(-a)),
 # and as S(b) exp(-b) = S(-b), that is S(a) S(-b) (1 - exp(b - a)): a product, whose logarithm can
 # be computed well anywhere. The bin of byte 0 has no lower edge (b is minus infinity, P = S(a)) and
@@ -436,7 +437,7 @@ def mixture(logits, channels):
     parts = logits.unflatten(1, (logits_per_logistic(channels), -1))  # (B, K, M, H, W)
     sizes = [1, channels, channels, channels * (channels - 1) // 2]
     weights, means, log_s, c = parts.split(sizes, dim=1)
-    # Below -7 s would shrink for ever where images are of one colour. Far above 7, 1 / s would
+    # Below -7, s would shrink for ever where images are of one colour. Far above 7, 1 / s would
     # round to 0, and with it the probability of a byte.
     log_s = log_s.clamp(-7, 7)
     return weights[:, 0], means, log_s, torch.tanh(c)
@@ -569,7 +570,7 @@ class Spectral(nn.Module):
     """R: the largest singular value of each convolution, summed.
 
     They limit how much a small change of x or z can grow from layer to layer, and where it grows
-    without limit KL and gradients explode. A convolution counts as the matrix that maps a patch of
+    without limit, KL and gradients explode. A convolution counts as the matrix that maps a patch of
     its input to a pixel (a depthwise one counts for more, as its rows see different channels). Its
     largest singular value is the largest u . W v of unit vectors u and v. Power iteration finds
     these two: v along W^T u, u along W v, again and again. As weights change little in a step of
@@ -606,21 +607,21 @@ class Spectral(nn.Module):
 
 
 @torch.no_grad()
-def sample(net, count, temperature=1.2, pixels=0.5, generator=None):
+def sample(net, count, temperature=1.1, pixels=0.5, generator=None):
     """uint8 images (count, C, H, W).
 
     The temperature multiplies sigma of all p(z_i): below 1, images are duller. `pixels` is the
     temperature of dmol_sample(): below 1, smoother. Draws from p(x), with 1 and 1, are noisy, and
-    have less contrast than images: in q, z_1 of neighbouring pixels go together, while p(z_1) draws
-    each by itself. 1.2 gives back some contrast, and 0.5 takes noise off: both lower the Frechet
-    distance on CIFAR-10.
+    have less contrast than images: over all images z_1 of neighbouring pixels go together, while
+    p(z_1) draws each by itself. 1.1 gives back some contrast, and 0.5 takes noise off: each lowers
+    the Frechet distance on CIFAR-10.
     """
     logits, _ = net.generate(net.noise(count, generator), temperature)
     return quantise(dmol_sample(logits, pixels, generator, net.channels))
 
 
 # --------------------------------------------------------------------------------------- optimisers
-# orthogonal and Muon are the same in nvae.py, ncsn.py and ebm.py.
+# orthogonal, Muon and set_rate are the same in nvae.py, ncsn.py and ebm.py.
 
 
 def orthogonal(matrices, iterations=5):
@@ -660,12 +661,11 @@ class Muon(torch.optim.Optimizer):
     loss is steep. Descent goes far along these and hardly moves along the others, though they may
     matter as much in the end, and Adam, which looks at each number alone, does not mend that.
     U V^T goes equally far along all of them. Its size is known, whatever the gradient's: a step
-    changes what a layer makes of an input of length 1 by about `lr` at most (if it has more outputs
-    than inputs by more: see below).
+    changes what a layer makes of an input of length 1 by about `lr` at most, or by somewhat more if
+    the layer has more outputs than inputs (see below).
     A convolution counts as the matrix (C_out, rest) that maps a patch of its input to a pixel.
-    Vectors are left to Adam (in nvae.py Adamax), and so are layers at the ends of a network, where
-    a row or column stands for something by itself (a colour, a logit) and sizes differ for good
-    reason.
+    Vectors are left to Adam, and so are layers at the ends of a network, where a row or column
+    stands for something by itself (a colour, a logit) and sizes differ for good reason.
     A weight stays where it is, in spite of momentum, while its whole gradient is 0: so a step can
     be skipped (ebm.py) without asking the device.
     """
@@ -699,23 +699,24 @@ class Muon(torch.optim.Optimizer):
         # If there are more rows than columns, rows of U V^T have a length of only
         # sqrt(columns / rows), in root mean square. This makes it 1, as it is in wide ones.
         _, rows, columns = changes.shape
-        rate = lr * math.sqrt(max(1, rows / columns))
+        changes *= lr * math.sqrt(max(1, rows / columns))
         changes = [change.view_as(w) for w, change in zip(weights, changes, strict=True)]
-        torch._foreach_sub_(weights, changes, alpha=rate)
+        torch._foreach_sub_(weights, changes)
 
 
 def set_rate(optimizers, lr):
-    """Set the learning rates of make_optimizers()."""
-    muon, adamax = optimizers
+    """Set the learning rates of make_optimizers(); lr is a number or a tensor ()."""
+    muon, adam = optimizers
     muon.param_groups[0]["lr"] = lr
-    adamax.param_groups[0]["lr"] = lr / 2
+    adam.param_groups[0]["lr"] = lr / 10
 
 
 def make_optimizers(net, lr=0.02):
-    """[Muon for convolutions inside, but depthwise ones, Adamax at lr / 2 for the other weights].
+    """[Muon for convolutions inside, if not depthwise, Adam at lr / 10 for the other weights].
 
-    Others are, besides vectors, the constant `start`, gates, the first layer of the stem, depthwise
-    convolutions, the flows, and the layer that puts out p(x|z).
+    Others are, besides vectors, the ends of the network: the constant `start`, the first layer of
+    the stem and the one that puts out p(x|z); depthwise convolutions, whose rows see different
+    channels; and the small gates and flows.
     """
     inside = [layer for layer in net.modules() if isinstance(layer, Cell)]
     for group in net.groups:
@@ -725,7 +726,7 @@ def make_optimizers(net, lr=0.02):
     hidden = [layer.weight for layer in convolutions if layer.groups == 1]
     ids = {id(weight) for weight in hidden}
     rest = [weight for weight in net.parameters() if id(weight) not in ids]
-    optimizers = [Muon(hidden), torch.optim.Adamax(rest, foreach=True)]
+    optimizers = [Muon(hidden), torch.optim.Adam(rest, fused=True)]
     set_rate(optimizers, lr)
     return optimizers
 
@@ -733,12 +734,14 @@ def make_optimizers(net, lr=0.02):
 # ------------------------------------------------------------------------------------ training step
 
 
-def backward_pass(net, spectral, images, beta, spectral_weight=1e-2, generator=None):
-    """The loss of uint8 images (B, C, H, W) and its gradients, which it leaves in net.
+def training_step(
+    net, spectral, optimizers, images, beta=1.0, spectral_weight=1e-2, generator=None
+):
+    """One step on uint8 images (B, C, H, W). Returns the loss before it, {name: tensor ()}.
 
-    beta: see kl_loss; spectral_weight is lambda. Returns {name: tensor ()} in bits/dim: the parts
-    of the loss, without beta and gamma, and as "train loss" minus the bound, to compare with
-    "test loss".
+    beta: see kl_loss; spectral_weight is lambda. What is returned is in bits/dim: the parts of the
+    loss, without beta and gamma, and "train loss", the first two together, whose counterpart on
+    test images is "test loss".
     """
     x = scaled(images)
     reconstruction, kl = elbo(net, x, generator)
@@ -746,30 +749,12 @@ def backward_pass(net, spectral, images, beta, spectral_weight=1e-2, generator=N
     loss = reconstruction.mean() + kl_loss(kl.sum(2), beta, net.alpha) + regulariser
     net.zero_grad()
     loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
     terms = {"reconstruction": reconstruction.mean(), "kl": kl.sum((1, 2)).mean()}
     terms["train loss"] = terms["reconstruction"] + terms["kl"]
     terms["regulariser"] = regulariser
     return {name: value.detach() / nats_of_one_bit(images) for name, value in terms.items()}
-
-
-def training_step(
-    net,
-    spectral,
-    optimizers,
-    images,
-    beta=1.0,
-    spectral_weight=1e-2,
-    generator=None,
-    backward=backward_pass,
-):
-    """One step on uint8 images (B, C, H, W). Returns the terms of backward_pass() before it.
-
-    backward: backward_pass, or on CUDA a Recorded, which needs beta as a tensor and a generator.
-    """
-    terms = backward(net, spectral, images, beta, spectral_weight, generator)
-    for optimizer in optimizers:
-        optimizer.step()
-    return terms
 
 
 # -------------------------------------------------------------------------------------- bookkeeping
@@ -1077,7 +1062,7 @@ def build(args, network):
 
 
 def compile_cells(net):
-    """torch.compile() for cell by cell, as the whole network would be a very long program."""
+    """torch.compile() cell by cell, as the whole network would be a very long program."""
     torch._dynamo.config.recompile_limit = 64  # kinds of cells; more would stay uncompiled
     for layer in net.modules():
         if isinstance(layer, Cell):
@@ -1085,55 +1070,69 @@ def compile_cells(net):
 
 
 class Recorded:
-    """A pass forward and backward on a GPU, recorded at the first call and then replayed.
+    """A function for a GPU, recorded at its fourth call and replayed from then on.
 
-    A pass is some thousand small pieces of work. Launching them one by one takes the CPU several
-    times as long as they take the GPU, so they are recorded as a CUDA graph, which is launched as a
-    whole. A graph does the same to the same memory again, and Python is not run: tensors that a
-    call is given, of the shapes of the first call, are copied to where those were; other arguments
-    stay those of the first call; what comes out, gradients too, is written where it was recorded,
-    over what is there. So weights and gradients may be changed in place, but not be replaced.
+    A training step is some thousand small pieces of work. Launching them one by one takes the CPU
+    longer than they take the GPU, so they are recorded as a CUDA graph, which is launched as a
+    whole. A graph does the same to the same memory again, and Python is not run. So tensors and
+    floats that a call is given are copied to the memory of those that were recorded, where floats
+    are tensors (), too; other arguments stay as they were. What comes out, gradients too, is
+    written over what came out before. Weights and an optimiser's averages may be changed in place,
+    but not be replaced, as its load_state_dict() would.
     The same in nvae.py and ebm.py.
     """
 
     def __init__(self, function, generator):
         self.function = function
         self.generator = generator  # of the function's noise
+        self.first_calls = 3  # for what happens at first only, such as compiling
+        self.stream = torch.cuda.Stream()  # a queue for these, as PyTorch's manual wants
         self.graph = None
 
-    def __call__(self, *inputs):
+    def __call__(self, *arguments):
+        if self.first_calls > 0:
+            self.first_calls -= 1
+            return self.call(arguments)
         if self.graph is None:
-            self.record(inputs)
-        for ours, given in zip(self.inputs, inputs, strict=True):
+            self.capture(arguments)
+        for ours, given in zip(self.arguments, arguments, strict=True):
             if isinstance(given, torch.Tensor):
                 ours.copy_(given)
+            elif isinstance(given, float):
+                ours.fill_(given)
         self.graph.replay()
         return self.outputs
 
-    def record(self, inputs):
-        self.inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
-        state = self.generator.get_state()
-        stream = torch.cuda.Stream()  # a queue of its own, as PyTorch's manual wants for warming up
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # what happens at first only: compiling, choice of algorithms
-                self.function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.generator.set_state(state)  # as if no noise had been drawn
+    def call(self, arguments):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(*arguments)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def capture(self, arguments):
+        self.arguments = [self.own(given) for given in arguments]
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)  # each replay draws new noise
         with torch.cuda.graph(graph):
-            self.outputs = self.function(*self.inputs)
+            self.outputs = self.function(*self.arguments)
         self.graph = graph
 
+    def own(self, given):
+        """The memory for an argument."""
+        if isinstance(given, torch.Tensor):
+            return given.clone()
+        if isinstance(given, float):
+            return torch.full((), given, device=self.generator.device)
+        return given
 
-def quick_pass(args, net, generator):
-    """backward_pass, on CUDA as a Recorded; with --compile cells are compiled."""
-    if args.compile:
-        compile_cells(net)
-    if args.compile and args.device.type == "cuda":
-        return Recorded(backward_pass, generator)
-    return backward_pass
+
+def record_step(step, optimizers, generator):
+    """A Recorded of step, a function that moves weights by make_optimizers()."""
+    adam = optimizers[1].param_groups[0]
+    adam["capturable"] = True  # else Adam refuses to be recorded ...
+    warnings.filterwarnings("ignore", ".*capturable")  # ... but then warns of calls that are not
+    return Recorded(step, generator)
 
 
 def train(args, checkpoint=None):
@@ -1150,21 +1149,25 @@ def train(args, checkpoint=None):
     generator = torch.Generator(args.device).manual_seed(args.seed)
 
     parts = {"net": net, "ema": ema, "spectral": spectral}
-    parts.update({"muon": optimizers[0], "adamax": optimizers[1]})
+    parts.update({"muon": optimizers[0], "adam": optimizers[1]})
     facts = {"network": network, "data": f"{len(images)} images {fingerprint(images)}"}
     run = Run(args, images, parts, facts, generator)
     if checkpoint:
         run.restore(checkpoint)
-    backward = quick_pass(args, net, generator)
 
+    def step(batch, rate, beta):  # arguments are what changes from step to step: see Recorded
+        set_rate(optimizers, rate)
+        return training_step(net, spectral, optimizers, batch, beta, args.spectral, generator)
+
+    if args.compile:
+        compile_cells(net)
+        if args.device.type == "cuda":
+            step = record_step(step, optimizers, generator)
     warmup_steps = args.kl_warmup * run.steps_per_epoch
     for epoch in run.epochs():
         for batch in run.batches(images):
-            set_rate(optimizers, args.lr * warmup_cosine(run.step, run.total))
-            beta = torch.full((), kl_weight(run.step, warmup_steps), device=args.device)
-            terms = training_step(
-                net, spectral, optimizers, batch, beta, args.spectral, generator, backward
-            )
+            rate = args.lr * warmup_cosine(run.step, run.total)
+            terms = step(batch, rate, kl_weight(run.step, warmup_steps))
             update_ema(ema, net, run.step, args.ema)
             run.record(terms)
         reconstruction, kl = test_bound(ema, test[:1000])
@@ -1387,7 +1390,7 @@ def shared_parser(lr):
 
 
 USES = ["generate", "evaluate", "interpolate"]  # of trained weights
-# When weights are there, NETWORK_FLAGS cannot be changed; when training goes on, RUN_FLAGS neither.
+# When weights are there, NETWORK_FLAGS cannot be changed, nor RUN_FLAGS when training goes on.
 NETWORK_FLAGS = [
     "width",
     "mults",
@@ -1427,7 +1430,7 @@ def make_parser():
     add("--mixtures", default=10, type=count, help="logistics a pixel")
     add("--kl-warmup", default=0.3, type=number(float, 0), help="epochs until the KL counts fully")
     add("--spectral", default=1e-2, type=number(float, 0), help="lambda, weight of R")
-    add("--temperature", default=1.2, type=positive, help="of latents: below 1 duller images")
+    add("--temperature", default=1.1, type=positive, help="of latents: below 1 duller images")
     add("--pixels", default=0.5, type=positive, help="temperature of pixels: below 1 smoother")
     add("--interpolate", action="store_true", help="only draw the ways between samples")
     add("--iw", default=20, type=count, metavar="K", help="draws of z for the tighter bound")

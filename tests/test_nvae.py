@@ -1165,22 +1165,40 @@ def test_gradients_of_the_likelihood_at_the_edges():
     assert torch.autograd.gradcheck(lambda logits: nvae.dmol_log_prob(logits, x), logits)
 
 
-def test_a_recorded_pass_does_what_the_pass_does(recording):
+def test_recorded_steps_train_as_steps_do(recording):
+    """Six of them: three as they are, one that is recorded, and two more."""
     device, wrap = recording
-    net = network().train().to(device)
-    spectral = nvae.Spectral(net, iterations=200)  # so that u does not move any more
-    nets = net, copy.deepcopy(net)
-    spectrals = spectral, nvae.Spectral(nets[1], iterations=200)
-    generators = [torch.Generator(device).manual_seed(0) for _ in nets]
-    passes = nvae.Recorded(wrap(nvae.backward_pass), generators[0]), nvae.backward_pass
-    for step, beta in enumerate([0.25, 0.5, 1.0]):
-        x = images(8, seed=step).to(device)
-        outputs = []
-        for one, regulariser, generator, run in zip(
-            nets, spectrals, generators, passes, strict=True
-        ):
-            terms = run(one, regulariser, x, torch.tensor(beta, device=device), 1e-2, generator)
-            grads = [parameter.grad.flatten() for parameter in one.parameters()]
-            outputs.append(torch.cat([*grads, torch.stack(list(terms.values()))]))
-        error = (outputs[0] - outputs[1]).norm() / outputs[1].norm()
-        assert error < (1e-6 if device == "cpu" else 1e-2)
+    start = network().train().to(device)
+    nets = copy.deepcopy(start), copy.deepcopy(start)
+    outputs = []
+    for net, is_recorded in zip(nets, [True, False], strict=True):
+        spectral = nvae.Spectral(net, iterations=200)  # so that it hardly matters how u began
+        optimizers = nvae.make_optimizers(net)
+        generator = torch.Generator(device).manual_seed(0)
+        parts = net, spectral, optimizers, generator
+        step = recorded_step(*parts, wrap) if is_recorded else plain_step(*parts)
+        terms = []
+        for i in range(6):
+            x = images(8, seed=i).to(device)
+            values = step(x, 0.01 / (i + 1), min(1.0, 0.25 * i)).values()
+            terms.append(torch.stack(list(values)))
+        outputs.append(torch.stack(terms))
+    close = 1e-3 if device == "cpu" else 5e-2
+    assert torch.allclose(*outputs, rtol=close, atol=close)
+    weights = [nn.utils.parameters_to_vector(net.parameters()) for net in (start, *nets)]
+    assert (weights[1] - weights[2]).norm() < close * (weights[2] - weights[0]).norm()
+
+
+def plain_step(net, spectral, optimizers, generator):
+    """As in train()."""
+
+    def step(batch, rate, beta):
+        nvae.set_rate(optimizers, rate)
+        return nvae.training_step(net, spectral, optimizers, batch, beta, 1e-2, generator)
+
+    return step
+
+
+def recorded_step(net, spectral, optimizers, generator, wrap):
+    step = plain_step(net, spectral, optimizers, generator)
+    return nvae.record_step(wrap(step), optimizers, generator)

@@ -97,8 +97,8 @@ def definitions(name):
 def test_the_scripts_keep_their_books_alike():
     sources = [definitions(name) for name in SCRIPTS]
     books = (
-        "orthogonal Muon die warmup_cosine update_ema write_whole load_checkpoint load_states plot "
-        "write_log Run"
+        "orthogonal Muon set_rate die warmup_cosine update_ema write_whole load_checkpoint "
+        "load_states plot write_log Run"
     )
     command_line = (
         "Parser HelpFormatter number numbers device shared_parser parse choose_speed main"

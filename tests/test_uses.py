@@ -28,7 +28,7 @@ OTHER_SIZE = {
 }
 SAMPLERS = {  # the first is the default
     "ncsn": ["--sampler heun", "--sampler consistent", "--sampler langevin"],
-    "nvae": ["--temperature 1.2", "--temperature 0.7", "--pixels 0.2"],
+    "nvae": ["--temperature 1.1", "--temperature 0.7", "--pixels 0.2"],
     "ebm": ["--chain 0", "--chain 4", "--step-size 0.2"],
 }
 MEASURES = {  # flags, and the lines that they print how often
