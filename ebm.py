@@ -1026,7 +1026,7 @@ def train(args, checkpoint=None):
     facts["chains_from"] = int(args.warm_up * run.total)
     if checkpoint:
         run.restore(checkpoint)  # and the facts
-    backward = quick_pass(args, net, generator)
+    quick = quick_pass(args, net, generator)
 
     for epoch in run.epochs():
         for batch in run.batches(images):
@@ -1036,9 +1036,7 @@ def train(args, checkpoint=None):
             set_rate(optimizers, args.lr * rate * warmup_cosine(step, steps))
             if stage == "chains" and step == 0:
                 draw_chains(args, ema, test, run.out / "chains_before.png")
-            terms = training_step(
-                net, optimizers, batch, settings, stage, buffer, generator, backward
-            )
+            terms = training_step(net, optimizers, batch, settings, stage, buffer, generator, quick)
             update_ema(ema, net, step, args.ema)  # at step 0 of a stage ema becomes net
             if run.step < (facts["chains_from"] or run.total) / 10:  # see guide()
                 early.load_state_dict(ema.state_dict())
