@@ -29,9 +29,9 @@ beta rises to 1 in a share --kl-warmup of the run (KL annealing), gamma_i balanc
 (kl_loss), s_l is the largest singular value of convolution l (Spectral). Logs are in bits/dim.
 
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
-no BatchNorm, weight normalisation or flow. Residual branches are scaled by 0.3, not 0.1; resolution
-changes before them. Decoder cells have dense 3x3 convolutions, but see --depthwise. SiLU, no ELU.
-One power iteration a step, not 4. Muon and Adam train, not Adamax, and weights are averaged (EMA).
+no BatchNorm, weight normalisation or flow. Residual branches are scaled by 0.3, not 0.1. Decoder
+cells have dense 3x3 convolutions, but see --depthwise. One power iteration a step, not 4. Muon and
+Adam train, not Adamax, and weights are averaged (EMA).
 """
 
 import argparse
@@ -85,8 +85,7 @@ class DMOL:
         parameters = parameters.unflatten(1, (sum(sizes), -1))  # (B, sum(sizes), M, H, W)
         logits, self.means, log_scales, coefficients = parameters.split(sizes, dim=1)
         self.logits = logits[:, 0]  # of the weights, (B, M, H, W); means are (B, C, M, H, W)
-        # (B, C, M, H, W). Unbounded, s would go to 0 where images are of one colour.
-        self.log_scales = log_scales.clamp(-7, 7)
+        self.log_scales = log_scales.clamp(-7, 7)  # unbounded, s would go to 0 for plain images
         self.coefficients = torch.tanh(coefficients)  # (B, C (C - 1) / 2, M, H, W)
 
     def mean(self, k, colours):
@@ -141,7 +140,7 @@ class Group(nn.Module):
     def __init__(self, cells, channels):
         super().__init__()
         self.cells = nn.Sequential(*cells)
-        self.prior = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, 2 * LATENTS, 1))
+        self.prior = nn.Sequential(nn.ELU(), nn.Conv2d(channels, 2 * LATENTS, 1))
         self.combine = nn.Conv2d(channels, channels, 1)
         self.posterior = nn.Conv2d(channels, 2 * LATENTS, 3, padding=1)
         self.merge = nn.Conv2d(LATENTS, channels, 1)
@@ -152,8 +151,7 @@ class Group(nn.Module):
         """With an image: z from q. h and feature are (B, channels, H, W). Returns h, (z, q, p)."""
         h = self.cells(h)
         prior = self.prior(h).float()  # mu and ln sigma
-        # Residual normal (section 3.2): what the network puts out for q is added to mu and ln sigma
-        # of p. An output of 0, where the image says nothing new, costs no KL, whatever p is.
+        # Residual normal (section 3.2): added to mu and ln sigma of p, 0 costs no KL.
         residual = self.posterior(feature + self.combine(h)).float()
         p = soft_clamped_normal(prior)
         q = soft_clamped_normal(prior + residual)
@@ -168,29 +166,37 @@ class Group(nn.Module):
 
 
 class Cell(nn.Module):
-    """Residual cell: x + 0.3 gate body(x), (B, channels, H, W); NVAE's figure 3b.
+    """Residual cell, skip(x) + 0.3 gate body(x): (B, c_in, H, W) -> (B, c_out, H', W').
 
-    With an expansion, figure 3a: a depthwise convolution on so many times the channels. The gate,
-    squeeze and excitation, scales a channel by a number in (0, 1) that depends on the mean of each.
+    resample: "down" halves H and W, "up" doubles them. The body is NVAE's figure 3b; with expansion
+    figure 3a, a depthwise convolution on so many times the channels. The gate (squeeze and
+    excitation) scales a channel by a number in (0, 1) that depends on the means of all.
     """
 
-    def __init__(self, channels, expansion=0):
+    def __init__(self, c_in, c_out, resample=None, expansion=0):
         super().__init__()
-        wide = expansion * channels
-        layers = [nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)]
-        layers += [nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)]
+        wide = expansion * c_in
+        stride = 2 if resample == "down" else 1
+        up = nn.Upsample(scale_factor=2) if resample == "up" else nn.Identity()
+        layers = [nn.SiLU(), nn.Conv2d(c_in, c_out, 3, stride, padding=1), up]
+        layers += [nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1)]
         if expansion > 0:
-            layers = [nn.Conv2d(channels, wide, 1), nn.SiLU()]
+            layers = [nn.Conv2d(c_in, wide, 1), nn.SiLU(), up]
             layers += [nn.Conv2d(wide, wide, 5, padding=2, groups=wide), nn.SiLU()]
-            layers += [nn.Conv2d(wide, channels, 1)]
+            layers.append(nn.Conv2d(wide, c_out, 1))
         self.body = nn.Sequential(*layers)
-        few = max(channels // 16, 4)
-        layers = [nn.Linear(channels, few), nn.ReLU(), nn.Linear(few, channels), nn.Sigmoid()]
-        self.gate = nn.Sequential(*layers)
+        self.skip = nn.Identity()
+        if resample == "down":
+            self.skip = nn.Sequential(nn.SiLU(), nn.Conv2d(c_in, c_out, 2, stride=2))
+        if resample == "up":
+            smooth = nn.Upsample(scale_factor=2, mode="bilinear")
+            self.skip = nn.Sequential(nn.Conv2d(c_in, c_out, 1), smooth)
+        n = max(c_out // 16, 4)
+        self.gate = nn.Sequential(nn.Linear(c_out, n), nn.ReLU(), nn.Linear(n, c_out), nn.Sigmoid())
 
     def forward(self, x):
         h = self.body(x)
-        return x + 0.3 * h * self.gate(h.mean((2, 3)))[:, :, None, None]
+        return self.skip(x) + 0.3 * h * self.gate(h.mean((2, 3)))[:, :, None, None]
 
 
 class NVAE(nn.Module):
@@ -205,11 +211,11 @@ class NVAE(nn.Module):
         widths = [width * mults[min(level, len(mults) - 1)] for level in range(len(groups) + 1)]
         self.stem = nn.Conv2d(shape[0], width * mults[0], 3, padding=1)
         self.encoder = nn.ModuleList()  # for each group, from fine to coarse, the layers up to it
-        stage = [Cell(widths[0])]
+        stage = [Cell(widths[0], widths[0])]
         for level, count in enumerate(groups, start=1):
-            stage += [nn.Conv2d(widths[level - 1], widths[level], 2, stride=2), Cell(widths[level])]
+            stage.append(Cell(widths[level - 1], widths[level], "down"))
             for _ in range(count):
-                stage += [Cell(widths[level]) for _ in range(cells)]
+                stage += [Cell(widths[level], widths[level]) for _ in range(cells)]
                 self.encoder.append(nn.Sequential(*stage))
                 stage = []
         expansion = 6 if depthwise else 0  # half of it at full resolution, where cells cost most
@@ -219,16 +225,17 @@ class NVAE(nn.Module):
         alpha = []  # for kl_loss, of each group: pixels at its level / number of groups there
         stage = []
         for level in range(len(groups), 0, -1):
+            c = widths[level]
             for _ in range(groups[level - 1]):
                 if len(self.groups) > 0:  # before the first group, h is a constant
-                    stage += [Cell(widths[level], expansion) for _ in range(cells)]
-                self.groups.append(Group(stage, widths[level]))
+                    stage += [Cell(c, c, expansion=expansion) for _ in range(cells)]
+                self.groups.append(Group(stage, c))
                 alpha.append(math.prod(shape[1:]) / 4**level / groups[level - 1])
                 stage = []
-            stage.append(nn.Conv2d(widths[level], widths[level - 1], 1))
-            stage.append(nn.Upsample(scale_factor=2, mode="bilinear"))
-            stage.append(Cell(widths[level - 1], expansion if level > 1 else expansion // 2))
-        self.tail = nn.Sequential(*stage, Cell(widths[0], expansion // 2), nn.SiLU())
+            expansion //= 2 if level == 1 else 1
+            stage.append(Cell(c, widths[level - 1], "up", expansion))
+        last = Cell(widths[0], widths[0], expansion=expansion)
+        self.tail = nn.Sequential(*stage, last, nn.ELU())
         size = 1 + 2 * shape[0] + shape[0] * (shape[0] - 1) // 2  # see DMOL
         self.head = nn.Conv2d(widths[0], MIXTURES * size, 3, padding=1)
         self.register_buffer("alpha", torch.tensor(alpha))
@@ -309,10 +316,9 @@ def kl_loss(kl, beta, alpha):
 class Spectral(nn.Module):
     """lambda times the sum of s_l, the largest singular values of all convolutions (section 3.1).
 
-    s_l bounds how much layer l enlarges a small change of its input. If changes grow from layer to
-    layer, a rare image has q far from p, and the KL explodes. A convolution counts as a matrix W,
-    (C_out, C_in k k), and s_l = u W v with unit vectors that power iteration finds: v along W^T u,
-    u along W v, and so on. Training changes W slowly: with u kept, one iteration a step is enough.
+    s_l bounds how much layer l enlarges a small change; where changes grow from layer to layer, the
+    KL of a rare image explodes. A convolution counts as a matrix W (C_out, C_in k k). s_l = u W v,
+    u along W v and v along W^T u: with u kept, one such iteration a step keeps up with W.
     """
 
     def __init__(self, net, weight=1e-2):
@@ -442,9 +448,8 @@ def can_compile(device):
 class RecordedStep:
     """step(batch, *numbers) on CUDA: the fourth call is recorded as a graph, later ones replay it.
 
-    A step is a thousand small kernels, and the CPU takes longer to launch them than the GPU to run
-    them. A CUDA graph is launched as a whole. It always uses the same memory: arguments are copied
-    there, and results are overwritten by the next call.
+    A step is a thousand small kernels, which take the CPU longer to launch than the GPU to run. A
+    CUDA graph is launched as a whole, on the same memory: a call overwrites the results before it.
     """
 
     def __init__(self, step):
@@ -608,8 +613,7 @@ def evaluate(args, net):
 SIZE = ["width", "mults", "groups", "cells", "depthwise"]  # arguments of NVAE
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
 HERE = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
-SMALL = {"width": 16, "mults": [1, 2, 3], "groups": [3, 2, 1], "batch_size": 8, "epochs": 12}
-SMALL |= {"lr": 0.025, "subset": 20000}
+SMALL = {"width": 16, "groups": [3, 2, 1], "batch_size": 8, "epochs": 12, "subset": 20000}
 
 
 def make_parser():

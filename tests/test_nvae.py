@@ -290,7 +290,7 @@ def test_shapes_and_sizes_of_groups(groups):
 def test_what_cells_add_is_gated_and_scaled():
     """x + 0.3 gate body(x), where a gate sees the means of body(x) in all channels and no pixel."""
     torch.manual_seed(0)
-    cell = nvae.Cell(5)
+    cell = nvae.Cell(5, 5)
     cell.body = nn.Sigmoid()
     x = randn(2, 5, 4, 4)
     redder = x + 3 * (torch.arange(5) == 0).view(5, 1, 1)
