@@ -494,8 +494,8 @@ def evaluate(args, nets):
 SIZE = ["width", "mults", "blocks"]  # arguments of EnergyNet
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
 HERE = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
-SMALL = {"width": 16, "mults": [1, 2, 4, 6], "blocks": 1, "batch_size": 16, "subset": 25000}
-SMALL["epochs"] = 8
+SMALL = {"width": 16, "mults": [1, 2, 4, 6], "blocks": 1, "batch_size": 16, "subset": 12500}
+SMALL["epochs"] = 16
 
 
 def make_parser():
@@ -520,7 +520,7 @@ def make_parser():
     add("--device", default="cuda" if cuda else "cpu", help="also cuda:1, mps, ...")
     add("--amp", action=switch, default=bf16, help="bfloat16 inside the network")
     add("--compile", action=switch, default=cuda, help="torch.compile grad E")
-    add("--out", default="runs/ebm", help="folder of the run")
+    add("--out", default="runs/ebm", type=os.path.expanduser, help="folder of the run")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--time-limit", type=float, default=math.inf, metavar="MINUTES", help="save and end then")
     add("--sample-every", type=int, default=5, metavar="EPOCHS", help="draw samples that often")

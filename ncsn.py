@@ -542,7 +542,7 @@ def make_parser():
     add("--device", default="cuda" if cuda else "cpu", help="also cuda:1, mps, ...")
     add("--amp", action=switch, default=bf16, help="bfloat16 inside the network")
     add("--compile", action=switch, default=cuda, help="torch.compile the network")
-    add("--out", default="runs/ncsn", help="folder of the run")
+    add("--out", default="runs/ncsn", type=os.path.expanduser, help="folder of the run")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--time-limit", type=float, default=math.inf, metavar="MINUTES", help="save and end then")
     add("--sample-every", type=int, default=5, metavar="EPOCHS", help="draw samples that often")

@@ -98,12 +98,13 @@ class DMOL:
         x = x[:, :, None]  # (B, C, 1, H, W), against M components
         means = torch.stack([self.mean(k, x.unbind(1)) for k in range(x.shape[1])], dim=1)
         inverse_scales = torch.exp(-self.log_scales)
-        a = (x + 1 / 255 - means) * inverse_scales
-        minus_b = (means - (x - 1 / 255)) * inverse_scales
-        log_upper = F.logsigmoid(a).masked_fill(x > 0.999, 0)  # byte 255: no such factor, log 1
-        log_lower = F.logsigmoid(minus_b).masked_fill(x < -0.999, 0)  # byte 0; byte 1 is at -0.992
-        log_rest = torch.log(-torch.expm1(-2 / 255 * inverse_scales))  # log(1 - exp(b - a))
-        log_bin = log_upper + log_lower + log_rest.masked_fill(x.abs() > 0.999, 0)
+        far = 1e30  # stands for infinity, with which gradients would be NaN
+        upper = (x + 1 / 255).masked_fill(x > 0.999, far)  # byte 254 is at 0.992
+        lower = (x - 1 / 255).masked_fill(x < -0.999, -far)
+        width = torch.full_like(x, 2 / 255).masked_fill(x.abs() > 0.999, far)
+        log_upper = F.logsigmoid((upper - means) * inverse_scales)
+        log_lower = F.logsigmoid((means - lower) * inverse_scales)
+        log_bin = log_upper + log_lower + torch.log(-torch.expm1(-width * inverse_scales))
         log_component = self.logits.log_softmax(1) + log_bin.sum(1)  # (B, M, H, W)
         return log_component.logsumexp(1).sum((1, 2))
 
@@ -234,8 +235,7 @@ class NVAE(nn.Module):
                 stage = []
             expansion //= 2 if level == 1 else 1
             stage.append(Cell(c, widths[level - 1], "up", expansion))
-        last = Cell(widths[0], widths[0], expansion=expansion)
-        self.tail = nn.Sequential(*stage, last, nn.ELU())
+        self.tail = nn.Sequential(*stage, Cell(widths[0], widths[0], None, expansion), nn.ELU())
         size = 1 + 2 * shape[0] + shape[0] * (shape[0] - 1) // 2  # see DMOL
         self.head = nn.Conv2d(widths[0], MIXTURES * size, 3, padding=1)
         self.register_buffer("alpha", torch.tensor(alpha))
@@ -303,9 +303,9 @@ def iw_bound(net, x, K):
 def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G): KL balancing.
 
-    Early on, a group may collapse: q = p, z says nothing, and the layers behind learn to ignore it.
-    So while beta < 1, gamma_i is proportional to KL_i / alpha_i, with mean 1 and no gradient (NVAE,
-    appendix A): nats cost less in groups with few for their size alpha_i. At beta = 1, gamma is 1.
+    Early on, a group may collapse: q = p, z says nothing, and the layers behind ignore it. So while
+    beta < 1, gamma_i is proportional to KL_i / alpha_i, with mean 1 and no gradient (appendix A):
+    nats cost less in groups with few for their size alpha_i. At beta = 1, gamma is 1.
     """
     beta = torch.as_tensor(beta, device=kl.device)
     gamma = (kl.detach().mean(0) + 0.01) / alpha
@@ -576,10 +576,8 @@ def sample(args, net, count, shared=0):
     """`count` uint8 images, the same ones at each call; up to 8 have z_1 ... z_shared in common."""
     torch.manual_seed(args.seed)
     size = min(count, max(8, args.batch_size))
-    images = []
-    for _ in range(0, count, size):
-        images.append(net.generate(size, args.temperature, shared).sample(args.pixel_temperature))
-    return torch.cat(images)[:count]
+    draws = (net.generate(size, args.temperature, shared) for _ in range(0, count, size))
+    return torch.cat([p.sample(args.pixel_temperature) for p in draws])[:count]
 
 
 @torch.no_grad()
@@ -640,7 +638,7 @@ def make_parser():
     add("--device", default="cuda" if cuda else "cpu", help="also cuda:1, mps, ...")
     add("--amp", action=switch, default=bf16, help="bfloat16 inside the network")
     add("--compile", action=switch, default=cuda, help="torch.compile the network")
-    add("--out", default="runs/nvae", help="folder of the run")
+    add("--out", default="runs/nvae", type=os.path.expanduser, help="folder of the run")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--time-limit", type=float, default=math.inf, metavar="MINUTES", help="save and end then")
     add("--sample-every", type=int, default=5, metavar="EPOCHS", help="draw samples that often")
@@ -678,6 +676,8 @@ def parse(argv=None):
 def main(argv=None):
     """Train, or use a trained model, as the command line says."""
     args = parse(argv)
+    if args.kl_warmup > 1:
+        sys.exit("--kl-warmup is a share of the run, at most 1")
     if not (args.generate or args.evaluate):
         train(args)
         return

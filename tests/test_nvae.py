@@ -442,9 +442,8 @@ def test_bf16_stays_inside_the_network():
     terms = []
     for amp in (False, True):
         torch.manual_seed(0)
-        terms.append(nvae.training_step(net, *parts, amp=amp))
-    assert not torch.equal(*terms)
-    assert torch.allclose(*terms, rtol=0.02)
+        terms.append(nvae.training_step(net, *parts, amp=amp)[:2])
+    assert 0 < (terms[0] - terms[1]).abs().max() < 0.1
 
 
 def test_beta_rises_over_the_given_share_of_the_steps(monkeypatch):
