@@ -20,14 +20,14 @@ draw samples by Langevin dynamics, x <- x - h grad E(x) + sqrt(2 h T) z with a s
        dsm = |grad E(y) / sigma - z|^2, times a weight
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
 formula. E can see sigma in y, so one energy serves all noise levels (Li et al. 2019,
-arXiv:1910.07762). At SIGMA_MIN, -grad E / T is the score of noisy data: near images p is their
-density, but up to a constant for each mode, as no y lies between far modes to compare them. Of two
-images with probabilities 0.8 and 0.2 energies differed by 647 T, where T ln 4 is right.
+arXiv:1910.07762). At SIGMA_MIN, -grad E / T is the score of noisy data: near each mode, p is their
+density up to a factor. Between far modes nothing with so little noise compares their energies: in
+a model of two images with probabilities 0.8 and 0.2 they differed by 647 T, where T ln 4 is right.
 
-2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run, as chains also find
-low energies where no noisy image has been. -T log p(x) has, in the weights, the gradient of E(x)
-minus its mean over samples from p. So descend cd = E(data) - E(samples), which lowers the energy of
-data and raises that of negative samples. They are Langevin chains in a replay buffer (persistent
+2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run, because chains also
+find low energies where no noisy image has been. The gradient of -T log p(x) in the weights is that
+of E(x) minus the mean of that of E over p. So descend cd = E(data) - E(samples): it lowers the
+energy of data and raises that of negative samples, Langevin chains in a replay buffer (persistent
 CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
 
 Samples owe their quality to 1; 2 gives a p that long chains do not leave. Energy Matching (Balcerak
@@ -116,7 +116,7 @@ def nats_per_dim(net, y, batch_size=256):
 
 @torch.no_grad()
 def langevin(grad_E, y, steps, h=0.1, temperature=T):
-    """Langevin dynamics from y (B, C, H, W), whose stationary density is p.
+    """Langevin dynamics for p, from y (B, C, H, W).
 
     Noise of variance 2 h T is right for small h. h (2 - h) T is right for any h near an image a,
     where E is |y - a|^2 / 2: there (1 - h)^2 v + h (2 - h) T leaves the variance v = T unchanged.
@@ -135,7 +135,7 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
     y <- (t/s) y + (1 - t/s) D would be exact. D changes, so its trend in ln sigma is continued:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    Langevin steps then make y a sample of p, but for its far modes, and D(y) takes its noise away.
+    Langevin steps then bring y to p (not the weights of far modes), and D(y) takes the noise away.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -477,7 +477,7 @@ def evaluate(args, nets):
         x = dequantise(images.to(args.device))
         E[name] = [nats_per_dim(net, x + SIGMA_MIN * torch.randn_like(x)) for net in nets]
         areas = [auroc(*pair) for pair in zip(E["themselves"], E[name], strict=True)]
-        print(f"AUROC against {name:20}", *(f"{area:8.3f}" for area in areas))
+        print(f"AUROC before, after CD: {name:20}", *(f"{area:8.3f}" for area in areas))
     x = dequantise(test[:4].to(args.device))
     z = torch.randn_like(x)
     chains = [torch.cat([dpm_solver(net.grad_E, z), x]) for net in nets]

@@ -1,4 +1,4 @@
-"""NVAE, a deep hierarchical variational autoencoder for images, in one file.
+"""NVAE, a deep hierarchical variational autoencoder for images.
 
     python nvae.py --epochs 50                  train on CIFAR-10, results in runs/nvae
     python nvae.py --small --data shapes        the same on a CPU, in minutes
@@ -6,8 +6,8 @@
     python nvae.py --evaluate                   bits/dim, KL of each group, two pictures
 
 A variational autoencoder explains images x by latent variables z, drawn from a prior p(z); then x
-is drawn from p(x|z), the output of a decoder network. Which z belong to a given x is intractable.
-So an encoder network learns an approximate posterior q(z|x), and both maximise a lower bound, ELBO:
+is drawn from p(x|z), the output of a decoder network. The posterior p(z|x) is intractable, so an
+encoder network learns an approximate one, q(z|x). Both maximise a lower bound, the ELBO:
     log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))
 NVAE (Vahdat & Kautz 2020, arXiv:2007.03898) splits z into groups z_1 ... z_G, feature maps from
 coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on those before it:
@@ -25,7 +25,7 @@ coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on tho
 
 In training, z_i is drawn from q, which sees h and the feature; for samples from p, which sees h.
     loss = -log p(x|z) + beta sum_i gamma_i KL_i + lambda sum_l s_l        in nats per image
-beta rises to 1 in a share --kl-warmup of the run (KL annealing), gamma_i balances the groups
+beta rises to 1 in the first steps (KL annealing, --kl-warmup), gamma_i balances the groups
 (kl_loss), s_l is the largest singular value of convolution l (Spectral). Logs are in bits/dim.
 
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
@@ -74,8 +74,8 @@ class DMOL:
     and scale s; the means of green and blue are linear in the colours before them. A byte v at
     x = v / 127.5 - 1 has the probability of its bin, 2/255 wide. With the sigmoid S it is
         P(v) = S(a) - S(b),      a = (x + 1/255 - m) / s,      b = (x - 1/255 - m) / s
-    Far from m both are nearly equal, and rounding takes the difference. But 1 / S(a) = 1 + exp(-a)
-    and S(b) exp(-b) = S(-b), so it is a product, whose logarithm is accurate everywhere:
+    Far from m both are nearly equal, and rounding spoils the difference. As 1 / S(a) = 1 + exp(-a)
+    and S(b) exp(-b) = S(-b), it is a product, whose logarithm is accurate everywhere:
         P(v) = S(a) S(b) (1 / S(b) - 1 / S(a)) = S(a) S(-b) (1 - exp(b - a))
     Byte 0 has no lower end, P = S(a), and 255 no upper end, P = S(-b): the 256 P(v) sum to 1.
     """
@@ -152,7 +152,7 @@ class Group(nn.Module):
         """With an image: z from q. h and feature are (B, channels, H, W). Returns h, (z, q, p)."""
         h = self.cells(h)
         prior = self.prior(h).float()  # mu and ln sigma
-        # Residual normal (section 3.2): added to mu and ln sigma of p, 0 costs no KL.
+        # Residual normal (section 3.2), added before the clamp: an output of 0 costs no KL.
         residual = self.posterior(feature + self.combine(h)).float()
         p = soft_clamped_normal(prior)
         q = soft_clamped_normal(prior + residual)
@@ -303,9 +303,9 @@ def iw_bound(net, x, K):
 def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G): KL balancing.
 
-    Early on, a group may collapse: q = p, z says nothing, and the layers behind ignore it. So while
-    beta < 1, gamma_i is proportional to KL_i / alpha_i, with mean 1 and no gradient (appendix A):
-    nats cost less in groups with few for their size alpha_i. At beta = 1, gamma is 1.
+    Early on, a group may collapse: q = p, z says nothing, and later layers learn to ignore it. So
+    while beta < 1, gamma_i is proportional to KL_i / alpha_i, with mean 1 and no gradient (appendix
+    A): a nat costs less in groups that use few. alpha_i: pixels at the level / its groups.
     """
     beta = torch.as_tensor(beta, device=kl.device)
     gamma = (kl.detach().mean(0) + 0.01) / alpha
@@ -314,11 +314,11 @@ def kl_loss(kl, beta, alpha):
 
 
 class Spectral(nn.Module):
-    """lambda times the sum of s_l, the largest singular values of all convolutions (section 3.1).
+    """lambda times the sum of s_l, the largest singular values of all convolutions (section 3.2).
 
-    s_l bounds how much layer l enlarges a small change; where changes grow from layer to layer, the
-    KL of a rare image explodes. A convolution counts as a matrix W (C_out, C_in k k). s_l = u W v,
-    u along W v and v along W^T u: with u kept, one such iteration a step keeps up with W.
+    s_l bounds how much layer l enlarges a small change of a patch; where changes grow from layer to
+    layer, the KL of an outlier explodes. A convolution counts as a matrix W (C_out, C_in k k).
+    s_l = u^T W v, u along W v, v along W^T u: with u kept, one iteration a step keeps up with W.
     """
 
     def __init__(self, net, weight=1e-2):
@@ -407,7 +407,7 @@ def make_optimizers(net, lr=0.02):
 
 def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     """One step on uint8 images (B, C, H, W) -> (3,) in bits/dim: -log p(x|z), KL, spectral term."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):  # convolutions only
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):  # the network only
         terms = elbo_terms(net, scaled(images))
     reconstruction = terms[:, 0].mean()
     kl = terms[:, 1:]
@@ -594,7 +594,7 @@ def evaluate(args, net):
     print(f"-log p(x|z) {reconstruction} bits/dim, KL of each group", *kl)
     few = test[torch.randperm(len(test))[:1000]]
     iw = [iw_bound(net, scaled(x), args.iw_samples) for x in few.split(args.batch_size)]
-    bounds = {"ELBO": terms.sum(1)}
+    bounds = {"minus ELBO": terms.sum(1)}
     bounds[f"importance-weighted, K = {args.iw_samples}"] = -bits_per_dim(torch.cat(iw), few)
     for name, bits in bounds.items():
         error = bits.std() / len(bits) ** 0.5
@@ -635,7 +635,7 @@ def make_parser():
     add("--kl-warmup", type=float, default=0.05, help="share of the run until beta is 1")
     add("--small", action="store_true", help="defaults for a CPU: a small network, a short run")
     add("--seed", type=int, default=0, help="of weights, order of images and noise")
-    add("--device", default="cuda" if cuda else "cpu", help="also cuda:1, mps, ...")
+    add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or mps")
     add("--amp", action=switch, default=bf16, help="bfloat16 inside the network")
     add("--compile", action=switch, default=cuda, help="torch.compile the network")
     add("--out", default="runs/nvae", type=os.path.expanduser, help="folder of the run")
