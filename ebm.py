@@ -16,7 +16,7 @@ draw samples by Langevin dynamics, x <- x - h grad E(x) + sqrt(2 h T) z with a s
     E      the energy, (B,), of images with any noise; grad E is shaped like y
     D      the denoiser, D(y) = y - grad E(y), an estimate of x;  T: temperature, SIGMA_MIN^2
 
-1. Denoising score matching (Vincent 2011) is most of training. Regress grad E(y) on the noise:
+1. Denoising score matching (Vincent 2011) is most of training. Let grad E(y) predict the noise:
        dsm = |grad E(y) / sigma - z|^2, times a weight
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
 formula. E can see sigma in y, so one energy serves all noise levels (Li et al. 2019,
@@ -100,9 +100,9 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
     start = torch.where(anew, SIGMA_MAX * torch.randn_like(chains[slots]), chains[slots])
-    chains[slots] = langevin(net.grad_E, start, steps)
-    E_data = nats_per_dim(net, x + SIGMA_MIN * torch.randn_like(x))
-    E_samples = nats_per_dim(net, chains[slots])
+    chains[slots] = langevin(net.grad_E, start, steps)  # without gradients for the weights
+    E_data = nats_per_dim(net, x + SIGMA_MIN * torch.randn_like(x))  # positive phase
+    E_samples = nats_per_dim(net, chains[slots])  # negative phase
     return F.relu(margin + E_data.mean() - E_samples).mean()
 
 
