@@ -293,8 +293,7 @@ def orthogonalise(x, iterations=5):
         return orthogonalise(x.mT, iterations).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now no singular value is above 1
     xxt = x @ x.mT
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    product = identity
+    product = identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(iterations):
         p = 3.4445 * identity - 4.7750 * xxt + 2.0315 * xxt @ xxt
         product = p @ product
@@ -305,9 +304,8 @@ def orthogonalise(x, iterations=5):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the weight matrices inside a network.
 
-    A gradient is dominated by the few singular directions in which the loss is steep; the update is
-    of the same size in all directions (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon). A
-    convolution counts as a matrix (C_out, C_in k k).
+    A gradient is large in few singular directions, the update is the same in all (K. Jordan et al.
+    2024, kellerjordan.github.io/posts/muon). A convolution counts as a matrix (C_out, C_in k k).
     """
 
     def __init__(self, weights, lr, momentum=0.95):
@@ -598,3 +596,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted: --resume goes on from the last save")
+    except (AssertionError, OSError, RuntimeError) as error:  # a full disk, no such device
+        sys.exit(f"{type(error).__name__}: {str(error).splitlines()[0]}")

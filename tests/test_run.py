@@ -292,6 +292,13 @@ def test_ctrl_c_ends_in_one_line(run, data):
     assert error.splitlines() == ["interrupted: --resume goes on from the last save"]
 
 
+def test_a_device_that_is_not_there_ends_in_one_line(run):
+    command = [sys.executable, ROOT / f"{run.name}.py", *shlex.split(run.tiny), "--device", "none"]
+    error = subprocess.run(command, capture_output=True, text=True).stderr
+    assert len(error.splitlines()) == 1
+    assert "none" in error
+
+
 # --------------------------------------------------------------------------------------- the rates
 
 
