@@ -280,14 +280,19 @@ def test_more_epochs_go_on_where_the_run_ended(run, trained):
     assert (state["args"]["epochs"], state["args"]["lr"]) == (3, 0.001)
 
 
+def heed_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore them
+
+
 def test_ctrl_c_ends_in_one_line(run, data):
     command = [sys.executable, ROOT / f"{run.name}.py", *shlex.split(run.tiny)]
     command += ["--epochs", "9999", "--sample-every", "9999", "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **pipes, preexec_fn=heed_interrupts)
     while not Path("runs", run.name, "log.csv").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    error = process.communicate()[1].decode()
+    error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 1
     assert error.splitlines() == ["interrupted: --resume goes on from the last save"]
 
