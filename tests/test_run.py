@@ -138,14 +138,21 @@ def test_training_writes_its_files(run, trained):
 
 def test_the_log_has_the_mean_over_an_epochs_steps(run, monkeypatch):
     losses = []
+    seeds = set()
+    steps = []
     training_step = run.module.training_step
+    update_ema = run.module.update_ema
 
     def watched(*args, **options):
+        seeds.add(torch.initial_seed())
         losses.append(training_step(*args, **options))
         return losses[-1]
 
     monkeypatch.setattr(run.module, "training_step", watched)
+    monkeypatch.setattr(run.module, "update_ema", lambda *a: steps.append(a[2]) or update_ema(*a))
     run.train("--epochs 2 --out r")
+    assert len(seeds) == 2 * STEPS  # each step has noise of its own
+    assert steps[:3] == [0, 1, 2]
     for epoch, row in enumerate(log("r")):
         first = torch.stack([loss.flatten()[0] for loss in losses[epoch * STEPS :][:STEPS]])
         name = "reconstruction" if run.name == "nvae" else "train loss"
