@@ -191,7 +191,7 @@ class EnergyNet(nn.Module):
         r = y - (c_skip y + c_out F(c_in y))
     y has mean square sigma^2 + SIGMA_DATA^2, with sigma estimated from y: hence c_in. c_skip y is
     the multiple of y nearest to x; its error has mean square c_out^2. F has `blocks` blocks of
-    width * mults[i] channels at resolution i, down and up.
+    width * mults[i] channels at resolution i, down and up; H, W: multiples of 2^(len(mults) - 1).
     """
 
     def __init__(self, shape=(3, 32, 32), width=64, mults=(1, 2, 3, 4), blocks=2, amp=False):

@@ -201,7 +201,7 @@ class Cell(nn.Module):
 
 
 class NVAE(nn.Module):
-    """Encoder and decoder, for images of shape (C, H, W).
+    """Encoder and decoder for images (C, H, W), with H and W multiples of 2^len(groups).
 
     Level i = 0, 1 ... has 1 / 2^i of the resolution, width * mults[i] channels (or of the last of
     mults) and groups[i - 1] groups, with `cells` cells before each, in encoder and decoder.
