@@ -139,15 +139,11 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
-    y = SIGMA_MAX * z
-    D_before = None
-    for i, (s, t) in enumerate(zip(levels, levels[1:], strict=False)):
+    y = D_before = SIGMA_MAX * z
+    for s_before, s, t in zip([math.inf, *levels], levels, levels[1:], strict=False):
         D = y - grad_E(y)
-        D_prime = D
-        if i > 0:
-            r = math.log(levels[i - 1] / s) / math.log(s / t)
-            D_prime = D + (D - D_before) / (2 * r)
-        y = (t / s) * y + (1 - t / s) * D_prime
+        r = math.log(s_before / s) / math.log(s / t)  # infinite at first: D' = D
+        y = (t / s) * y + (1 - t / s) * (D + (D - D_before) / (2 * r))
         D_before = D
     y = langevin(grad_E, y, langevin_steps)
     return y - grad_E(y)
@@ -162,8 +158,7 @@ def noise_variance(y):
     Differences along both axes, d = y[i,j] - y[i,j+1] - y[i+1,j] + y[i+1,j+1], cancel most of an
     image. Noise leaves a variance of 4 sigma^2, to which texture adds (CIFAR-10's: sigma = 0.07).
     """
-    d = y[:, :, 1:] - y[:, :, :-1]
-    d = d[:, :, :, 1:] - d[:, :, :, :-1]
+    d = y.diff(dim=2).diff(dim=3)
     return d.square().mean((1, 2, 3), keepdim=True) / 4 + 1e-4  # above 0: its root has a gradient
 
 
@@ -339,7 +334,7 @@ def enter_phase(args, state, total, ema, images):
         state["cd"] = None  # also after --resume with more --epochs
         return step, args.lr * warmup_cosine(step, cd_start), None
     if not state["cd"]:
-        chains = dequantise(images[: max(1000, args.batch_size)])
+        chains = dequantise(images[torch.randperm(len(images))[: max(1000, args.batch_size)]])
         state["cd"] = {"chains": chains, "before": copy.deepcopy(ema.state_dict())}
     lr = 0.2 * args.lr * warmup_cosine(step - cd_start, total - cd_start)  # CD only corrects
     return step - cd_start, lr, state["cd"]["chains"]
@@ -349,10 +344,10 @@ def can_compile(device):
     """Whether torch.compile works here: it needs a C compiler and, on CUDA, Triton."""
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
+        return True
     except Exception as error:
         print(f"torch.compile does not work here, going on without it: {type(error).__name__}")
         return False
-    return True
 
 
 def train(args):
@@ -366,23 +361,24 @@ def train(args):
     flip = args.data == "cifar10" if args.flip is None else args.flip
     Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    state = args.checkpoint or {"step": 0, "seconds": 0.0, "losses": [], "rows": [], "cd": None}
-    if not args.checkpoint:
-        state["network"] = {"shape": list(images.shape[1:]), **{f: getattr(args, f) for f in SIZE}}
+    new = {"step": 0, "seconds": 0.0, "losses": [], "rows": [], "cd": None}
+    new["network"] = {"shape": list(images.shape[1:]), **{f: getattr(args, f) for f in SIZE}}
+    state = args.checkpoint or new
     net = EnergyNet(**state["network"], amp=args.amp).to(args.device)
     ema = copy.deepcopy(net).requires_grad_(False)
     muon, adam = make_optimizers(net)
     parts = {"net": net, "ema": ema, "muon": muon, "adam": adam}
-    if args.resume:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+    for name in parts if args.resume else ():
+        parts[name].load_state_dict(state[name])
     if args.compile and can_compile(args.device):
         net.grad_E = torch.compile(net.grad_E, mode="reduce-overhead")  # on CUDA a CUDA graph
     steps = len(images) // args.batch_size  # per epoch
     total = args.epochs * steps
+    if state["step"] >= total:
+        print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
-    save_at = min(end, state["seconds"] + 600)
+    save_at = min(end, state["seconds"] + 600)  # an end at any moment loses ten minutes at most
     for epoch in range(len(state["rows"]), args.epochs):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
@@ -434,13 +430,16 @@ def finish_epoch(args, state, ema, test):
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None))
     rows = [*state["rows"], row]
     state.update(rows=rows, losses=[])
-    with open(Path(args.out, "log.csv"), "w", newline="") as file:
-        csv.writer(file).writerows([row, *(each.values() for each in rows)])
-    axes = Figure().add_subplot(xlabel="epoch")
-    for name in "train loss", "test loss", "E data", "E samples":
-        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
-    axes.legend()
-    axes.figure.savefig(Path(args.out, "curves.png"))
+    try:
+        with open(Path(args.out, "log.csv"), "w", newline="") as file:
+            csv.writer(file).writerows([row, *(each.values() for each in rows)])
+        axes = Figure().add_subplot(xlabel="epoch")
+        for name in "train loss", "test loss", "E data", "E samples":
+            axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
+        axes.legend()
+        axes.figure.savefig(Path(args.out, "curves.png"))
+    except Exception as error:  # a program holds the file, LaTeX is missing
+        print(f"log.csv or curves.png is not written: {error!r}")
     if len(rows) % args.sample_every == 0 or len(rows) == args.epochs:
         save_grid(sample(args, ema, 64), Path(args.out, f"samples_{len(rows):04d}.png"))
 
@@ -492,7 +491,7 @@ def evaluate(args, nets):
 SIZE = ["width", "mults", "blocks"]  # arguments of EnergyNet
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
 HERE = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
-SMALL = {"width": 16, "mults": [1, 2, 4, 6], "blocks": 1, "batch_size": 16, "subset": 12500}
+SMALL = {"width": 16, "mults": [1, 2, 4, 6], "blocks": 1, "batch_size": 16, "subset": 10000}
 SMALL["epochs"] = 16
 
 
@@ -546,6 +545,7 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
+    assert os.environ.get("WORLD_SIZE", "1") == "1", "not for torchrun: a run is one process"
     if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
         sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
     return args
@@ -576,5 +576,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted: --resume goes on from the last save")
-    except (AssertionError, OSError, RuntimeError) as error:  # a full disk, no such device
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:  # such as a full disk
         sys.exit(f"{type(error).__name__}: {str(error).splitlines()[0]}")

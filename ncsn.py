@@ -36,6 +36,7 @@ import os
 import sys
 import time
 from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -113,8 +114,7 @@ def sample_sigma(net, x):
     """Random noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
 
     Around the median, 0.6 sigma_data, the content of a CIFAR-10 image is decided: smaller noise
-    hides texture, larger noise leaves mean colours. Draws are stratified, one from each of B
-    equally likely intervals, so that batches are alike.
+    hides texture, larger leaves mean colours. One draw from each of B equally likely intervals.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))
@@ -150,15 +150,11 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
     """
     ends = sigma_max ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
-    y = sigma_max * z
-    D_before = None
-    for i, (s, t) in enumerate(zip(levels, levels[1:], strict=False)):
+    y = D_before = sigma_max * z
+    for s_before, s, t in zip([math.inf, *levels], levels, levels[1:], strict=False):
         D = y + s**2 * score(y, s)
-        D_prime = D
-        if i > 0:
-            r = math.log(levels[i - 1] / s) / math.log(s / t)
-            D_prime = D + (D - D_before) / (2 * r)
-        y = (t / s) * y + (1 - t / s) * D_prime
+        r = math.log(s_before / s) / math.log(s / t)  # infinite at first: D' = D
+        y = (t / s) * y + (1 - t / s) * (D + (D - D_before) / (2 * r))
         D_before = D
     return y + SIGMA_MIN**2 * score(y, SIGMA_MIN)
 
@@ -366,10 +362,10 @@ def can_compile(device):
     """Whether torch.compile works here: it needs a C compiler and, on CUDA, Triton."""
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
+        return True
     except Exception as error:
         print(f"torch.compile does not work here, going on without it: {type(error).__name__}")
         return False
-    return True
 
 
 def train(args):
@@ -383,23 +379,24 @@ def train(args):
     flip = args.data == "cifar10" if args.flip is None else args.flip
     Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    state = args.checkpoint or {"step": 0, "seconds": 0.0, "losses": [], "rows": []}
-    if not args.checkpoint:
-        state["network"] = measure(images) | {flag: getattr(args, flag) for flag in SIZE}
+    new = {"step": 0, "seconds": 0.0, "losses": [], "rows": []}
+    new["network"] = measure(images) | {flag: getattr(args, flag) for flag in SIZE}
+    state = args.checkpoint or new
     net = Denoiser(**state["network"], amp=args.amp).to(args.device)
     ema = copy.deepcopy(net).requires_grad_(False)
     muon, adam = make_optimizers(net)
     parts = {"net": net, "ema": ema, "muon": muon, "adam": adam}
-    if args.resume:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+    for name in parts if args.resume else ():
+        parts[name].load_state_dict(state[name])
     if args.compile and can_compile(args.device):
         net.unet.compile(mode="reduce-overhead")  # on CUDA a CUDA graph
     steps = len(images) // args.batch_size  # per epoch
     total = args.epochs * steps
+    if state["step"] >= total:
+        print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
-    save_at = min(end, state["seconds"] + 600)
+    save_at = min(end, state["seconds"] + 600)  # an end at any moment loses ten minutes at most
     for epoch in range(len(state["rows"]), args.epochs):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
@@ -447,13 +444,16 @@ def finish_epoch(args, state, ema, test):
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     rows = [*state["rows"], row]
     state.update(rows=rows, losses=[])
-    with open(Path(args.out, "log.csv"), "w", newline="") as file:
-        csv.writer(file).writerows([row, *(each.values() for each in rows)])
-    axes = Figure().add_subplot(xlabel="epoch")
-    for name in "train loss", "test loss":
-        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
-    axes.legend()
-    axes.figure.savefig(Path(args.out, "curves.png"))
+    try:
+        with open(Path(args.out, "log.csv"), "w", newline="") as file:
+            csv.writer(file).writerows([row, *(each.values() for each in rows)])
+        axes = Figure().add_subplot(xlabel="epoch")
+        for name in "train loss", "test loss":
+            axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
+        axes.legend()
+        axes.figure.savefig(Path(args.out, "curves.png"))
+    except Exception as error:  # a program holds the file, LaTeX is missing
+        print(f"log.csv or curves.png is not written: {error!r}")
     if len(rows) % args.sample_every == 0 or len(rows) == args.epochs:
         save_grid(sample(args, ema, 64), Path(args.out, f"samples_{len(rows):04d}.png"))
 
@@ -498,10 +498,9 @@ def evaluate(args, net):
     sigmas = torch.logspace(math.log10(SIGMA_MIN), math.log10(net.sigma_max), 33).to(x)
     errors = []
     for sigma in sigmas:
-        parts = x.split(args.batch_size)
-        losses = torch.cat([denoising_loss(net, b, sigma.expand(len(b))) for b in parts])
-        errors.append(losses / (1 / sigma**2 + 1 / net.sigma_data**2))
-        print(f"sigma {sigma:9.4f}  test loss {losses.mean():.4f}")
+        losses = [denoising_loss(net, b, sigma.expand(len(b))) for b in x.split(args.batch_size)]
+        errors.append(torch.cat(losses) / (1 / sigma**2 + 1 / net.sigma_data**2))
+        print(f"sigma {sigma:9.4f}  test loss {torch.cat(losses).mean():.4f}")
     bits = bits_per_dim(x, sigmas, torch.stack(errors, dim=1))
     error = bits.std() / len(x) ** 0.5
     print(f"bits/dim at most {bits.mean():.3f}, standard error {error:.3f}, {len(x)} test images")
@@ -515,7 +514,7 @@ def evaluate(args, net):
 SIZE = ["width", "mults", "blocks"]  # arguments of UNet
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
 HERE = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
-SMALL = {"width": 16, "mults": [1, 2, 4, 6], "blocks": 1, "batch_size": 24, "subset": 20000}
+SMALL = {"width": 16, "mults": [1, 2, 4, 6], "blocks": 1, "batch_size": 24, "subset": 24000}
 SMALL["epochs"] = 20
 
 
@@ -568,6 +567,7 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
+    assert os.environ.get("WORLD_SIZE", "1") == "1", "not for torchrun: a run is one process"
     if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
         sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
     return args
@@ -596,5 +596,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted: --resume goes on from the last save")
-    except (AssertionError, OSError, RuntimeError) as error:  # a full disk, no such device
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:  # such as a full disk
         sys.exit(f"{type(error).__name__}: {str(error).splitlines()[0]}")

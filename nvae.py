@@ -30,8 +30,7 @@ beta rises to 1 in the first steps (KL annealing, --kl-warmup), gamma_i balances
 
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
 no BatchNorm, weight normalisation or flow. Residual branches are scaled by 0.3, not 0.1. Decoder
-cells have dense 3x3 convolutions, but see --depthwise. One power iteration a step, not 4. Muon and
-Adam train, not Adamax, and weights are averaged (EMA).
+cells are dense, but see --depthwise. One power iteration a step, not 4. Muon and Adam, not Adamax.
 """
 
 import argparse
@@ -118,8 +117,7 @@ class DMOL:
         for k in range(self.means.shape[1]):
             colour = self.mean(k, colours) + noise[:, k]
             colours.append(scaled(quantise(colour)))  # the next one is conditioned on the byte
-        images = torch.stack(colours, dim=1).take_along_dim(component, dim=2)
-        return quantise(images[:, :, 0])
+        return quantise(torch.stack(colours, dim=1).take_along_dim(component, dim=2)[:, :, 0])
 
 
 # -------------------------------------------------------------------- groups: p(z_i) and q(z_i | x)
@@ -219,7 +217,6 @@ class NVAE(nn.Module):
                 stage += [Cell(widths[level], widths[level]) for _ in range(cells)]
                 self.encoder.append(nn.Sequential(*stage))
                 stage = []
-        expansion = 6 if depthwise else 0  # half of it at full resolution, where cells cost most
         coarsest = [side // 2 ** len(groups) for side in shape[1:]]
         self.start = nn.Parameter(torch.randn(1, widths[-1], *coarsest))
         self.groups = nn.ModuleList()  # from coarse to fine
@@ -229,13 +226,12 @@ class NVAE(nn.Module):
             c = widths[level]
             for _ in range(groups[level - 1]):
                 if len(self.groups) > 0:  # before the first group, h is a constant
-                    stage += [Cell(c, c, expansion=expansion) for _ in range(cells)]
+                    stage += [Cell(c, c, expansion=6 * depthwise) for _ in range(cells)]
                 self.groups.append(Group(stage, c))
                 alpha.append(math.prod(shape[1:]) / 4**level / groups[level - 1])
                 stage = []
-            expansion //= 2 if level == 1 else 1
-            stage.append(Cell(c, widths[level - 1], "up", expansion))
-        self.tail = nn.Sequential(*stage, Cell(widths[0], widths[0], None, expansion), nn.ELU())
+            stage.append(Cell(c, widths[level - 1], "up", 6 * depthwise))
+        self.tail = nn.Sequential(*stage, Cell(widths[0], widths[0], None, 6 * depthwise), nn.ELU())
         size = 1 + 2 * shape[0] + shape[0] * (shape[0] - 1) // 2  # see DMOL
         self.head = nn.Conv2d(widths[0], MIXTURES * size, 3, padding=1)
         self.register_buffer("alpha", torch.tensor(alpha))
@@ -303,9 +299,9 @@ def iw_bound(net, x, K):
 def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G): KL balancing.
 
-    Early on, a group may collapse: q = p, z says nothing, and later layers learn to ignore it. So
-    while beta < 1, gamma_i is proportional to KL_i / alpha_i, with mean 1 and no gradient (appendix
-    A): a nat costs less in groups that use few. alpha_i: pixels at the level / its groups.
+    Early on, a group may collapse: q = p, z says nothing. So while beta < 1, gamma_i is in
+    proportion to KL_i / alpha_i, with mean 1 and no gradient (appendix A): a nat costs less in
+    groups that use few. alpha_i: pixels at the level / its groups.
     """
     beta = torch.as_tensor(beta, device=kl.device)
     gamma = (kl.detach().mean(0) + 0.01) / alpha
@@ -437,10 +433,10 @@ def can_compile(device):
     """Whether torch.compile works here: it needs a C compiler and, on CUDA, Triton."""
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
+        return True
     except Exception as error:
         print(f"torch.compile does not work here, going on without it: {type(error).__name__}")
         return False
-    return True
 
 
 class RecordedStep:
@@ -487,9 +483,9 @@ def train(args):
     flip = args.data == "cifar10" if args.flip is None else args.flip
     Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    state = args.checkpoint or {"step": 0, "seconds": 0.0, "losses": [], "rows": []}
-    if not args.checkpoint:
-        state["network"] = {"shape": list(images.shape[1:]), **{f: getattr(args, f) for f in SIZE}}
+    new = {"step": 0, "seconds": 0.0, "losses": [], "rows": []}
+    new["network"] = {"shape": list(images.shape[1:]), **{f: getattr(args, f) for f in SIZE}}
+    state = args.checkpoint or new
     net = NVAE(**state["network"]).to(args.device)
     ema = copy.deepcopy(net).requires_grad_(False)
     spectral = Spectral(net)
@@ -507,9 +503,11 @@ def train(args):
     step = RecordedStep(step) if recorded else step
     steps = len(images) // args.batch_size  # per epoch
     total = args.epochs * steps
+    if state["step"] >= total:
+        print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
-    save_at = min(end, state["seconds"] + 600)
+    save_at = min(end, state["seconds"] + 600)  # an end at any moment loses ten minutes at most
     for epoch in range(len(state["rows"]), args.epochs):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
@@ -559,13 +557,16 @@ def finish_epoch(args, state, ema, test):
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     rows = [*state["rows"], row]
     state.update(rows=rows, losses=[])
-    with open(Path(args.out, "log.csv"), "w", newline="") as file:
-        csv.writer(file).writerows([row, *(each.values() for each in rows)])
-    axes = Figure().add_subplot(xlabel="epoch")
-    for name in "train loss", "test loss":
-        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
-    axes.legend()
-    axes.figure.savefig(Path(args.out, "curves.png"))
+    try:
+        with open(Path(args.out, "log.csv"), "w", newline="") as file:
+            csv.writer(file).writerows([row, *(each.values() for each in rows)])
+        axes = Figure().add_subplot(xlabel="epoch")
+        for name in "train loss", "test loss":
+            axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
+        axes.legend()
+        axes.figure.savefig(Path(args.out, "curves.png"))
+    except Exception as error:  # a program holds the file, LaTeX is missing
+        print(f"log.csv or curves.png is not written: {error!r}")
     if len(rows) % args.sample_every == 0 or len(rows) == args.epochs:
         save_grid(sample(args, ema, 64), Path(args.out, f"samples_{len(rows):04d}.png"))
 
@@ -588,8 +589,7 @@ def evaluate(args, net):
     test = load(args.data)[1].to(args.device)
     parts = [elbo_terms(net, scaled(x)) for x in test.split(args.batch_size)]
     terms = bits_per_dim(torch.cat(parts), test)
-    reconstruction, *kl = [f"{value:.4f}" for value in terms.mean(0)]
-    print(f"-log p(x|z) {reconstruction} bits/dim, KL of each group", *kl)
+    print("bits/dim: -log p(x|z), KL of each group:", *(f"{bits:.4f}" for bits in terms.mean(0)))
     few = test[torch.randperm(len(test))[:1000]]
     iw = [iw_bound(net, scaled(x), args.iw_samples) for x in few.split(args.batch_size)]
     bounds = {"minus ELBO": terms.sum(1)}
@@ -609,7 +609,7 @@ def evaluate(args, net):
 SIZE = ["width", "mults", "groups", "cells", "depthwise"]  # arguments of NVAE
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
 HERE = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
-SMALL = {"width": 16, "groups": [3, 2, 1], "batch_size": 8, "epochs": 12, "subset": 20000}
+SMALL = {"width": 16, "groups": [3, 2, 1], "batch_size": 8, "epochs": 12, "subset": 15000}
 
 
 def make_parser():
@@ -630,7 +630,7 @@ def make_parser():
     add("--groups", type=int, nargs="+", default=[12, 8], help="of latents, at 1/2, 1/4 ...")
     add("--cells", type=int, default=1, help="residual cells before each group, each way")
     add("--depthwise", action="store_true", help="decoder cells as in the paper")
-    add("--kl-warmup", type=float, default=0.05, help="share of the run until beta is 1")
+    add("--kl-warmup", type=float, default=0.6, help="share of the run until beta is 1")
     add("--small", action="store_true", help="defaults for a CPU: a small network, a short run")
     add("--seed", type=int, default=0, help="of weights, order of images and noise")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or mps")
@@ -666,6 +666,7 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
+    assert os.environ.get("WORLD_SIZE", "1") == "1", "not for torchrun: a run is one process"
     if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
         sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
     return args
@@ -674,8 +675,7 @@ def parse(argv=None):
 def main(argv=None):
     """Train, or use a trained model, as the command line says."""
     args = parse(argv)
-    if args.kl_warmup > 1:
-        sys.exit("--kl-warmup is a share of the run, at most 1")
+    assert args.kl_warmup <= 1, "--kl-warmup is a share of the run, at most 1"
     if not (args.generate or args.evaluate):
         train(args)
         return
@@ -696,5 +696,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted: --resume goes on from the last save")
-    except (AssertionError, OSError, RuntimeError) as error:  # a full disk, no such device
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:  # such as a full disk
         sys.exit(f"{type(error).__name__}: {str(error).splitlines()[0]}")

@@ -35,14 +35,6 @@ class GaussianNet:
         return (self.mean - y) / (self.s**2 + sigma**2)
 
 
-def two_modes(y, sigma):
-    """The score of 1/5 N(-5, I) + 4/5 N(5, I) with noise, as in the paper of 2019."""
-    variance = 1 + sigma**2
-    total = y.flatten(1).sum(1).reshape(-1, 1, 1, 1)
-    right = torch.sigmoid(math.log(4) + 10 * total / variance)
-    return (-5 + 10 * right - y) / variance
-
-
 def network(**options):
     """A small Denoiser whose layers that start at zero are random."""
     torch.manual_seed(0)
@@ -287,18 +279,6 @@ def test_langevin_gives_gaussians_their_std_at_any_size(shape, s):
     x = ncsn.langevin(GaussianNet(s, mean=0.4).score, z, 60.0)
     assert x.mean().item() == pytest.approx(0.4, abs=0.02 * s)
     assert x.std().item() == pytest.approx(s, rel=0.016)
-
-
-def test_langevin_and_the_flow_find_the_weights_of_far_apart_modes():
-    torch.manual_seed(0)
-    z = randn(4000, 2, 1, 1)
-    x = ncsn.langevin(two_modes, z, 60.0)
-    left = (x.flatten(1).sum(1) < 0).double().mean().item()
-    assert left == pytest.approx(0.2, abs=0.03)
-    assert (x.abs() - 5).std().item() == pytest.approx(1, abs=0.1)
-    x = ncsn.dpm_solver(two_modes, z, 60.0, 60)
-    left = (x.flatten(1).sum(1) < 0).double().mean().item()
-    assert left == pytest.approx(0.2, abs=0.03)
 
 
 def test_ideal_score_is_that_of_the_mixture_of_training_images():

@@ -1,5 +1,6 @@
 """Runs of the three scripts: files, resuming, time limits, kills, the command line, CUDA graphs."""
 
+import concurrent.futures
 import contextlib
 import csv
 import importlib
@@ -286,6 +287,25 @@ def test_more_epochs_go_on_where_the_run_ended(run, trained):
     assert (state["args"]["epochs"], state["args"]["lr"]) == (3, 0.001)
 
 
+def test_a_run_without_an_epoch_left_says_so_and_changes_nothing(run, whole, trained, capsys):
+    run("--resume --out r")
+    assert "all 2 epochs are trained" in capsys.readouterr().out
+    assert differences(load(whole), load("r")) == []
+
+
+def test_a_plot_that_cannot_be_written_ends_nothing(run, whole, monkeypatch, capsys):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", mock.Mock(side_effect=OSError("held")))
+    run.train("--epochs 2 --out r")
+    assert capsys.readouterr().out.count("curves.png is not written: OSError('held')") == 2
+    assert differences(log(whole), log("r")) == []
+
+
+def test_training_works_in_a_thread(run, whole):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(run.train, "--epochs 2 --out r").result()
+    assert differences(load(whole), load("r")) == []
+
+
 def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore them
 
@@ -308,6 +328,14 @@ def test_a_device_that_is_not_there_ends_in_one_line(run):
     error = subprocess.run(command, capture_output=True, text=True).stderr
     assert len(error.splitlines()) == 1
     assert "none" in error
+
+
+def test_another_module_named_common_is_named_in_one_line(run):
+    Path("common.py").touch()
+    command = [sys.executable, shutil.copy(ROOT / f"{run.name}.py", "."), "--device", "cpu"]
+    error = subprocess.run(command, capture_output=True, text=True).stderr
+    assert len(error.splitlines()) == 1
+    assert str(Path("common.py").absolute()) in error
 
 
 # --------------------------------------------------------------------------------------- the rates
@@ -358,9 +386,15 @@ def test_flags_that_must_not_change_are_refused(run, trained):
         assert flag.split()[0] in run.one_line(f"--resume {flag} --out r")
 
 
-@pytest.mark.parametrize("flag", ["--epochs 0", "--batch-size 0", "--lr -1", "--sample-every 0"])
-def test_values_that_would_do_nothing_are_refused(run, flag):
-    assert "must be above 0" in run.one_line(f"{run.tiny} {flag}")
+def test_values_that_would_do_nothing_are_refused(run):
+    for flag in "--epochs 0", "--batch-size 0", "--lr -1", "--sample-every 0":
+        assert "must be above 0" in run.one_line(f"{run.tiny} {flag}")
+
+
+def test_several_processes_are_refused(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AssertionError, match="torchrun"):
+        run.train("--out r")
 
 
 def test_fewer_images_than_a_batch_are_refused(run):
