@@ -20,18 +20,18 @@ draw samples by Langevin dynamics, x <- x - h grad E(x) + sqrt(2 h T) z with a s
        dsm = |grad E(y) / sigma - z|^2, times a weight
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
 formula. E can see sigma in y, so one energy serves all noise levels (Li et al. 2019,
-arXiv:1910.07762). At SIGMA_MIN, -grad E / T is the score of noisy data: near each mode, p is their
-density up to a factor. Between far modes nothing with so little noise compares their energies: in
-a model of two images with probabilities 0.8 and 0.2 they differed by 647 T, where T ln 4 is right.
+arXiv:1910.07762). At SIGMA_MIN, -grad E / T is the score of data with that noise: near a mode, p is
+their density times a constant. Such data never compare the energies of well-separated modes: for
+two images with probabilities 0.8 and 0.2 the energies differed by 647 T, where T ln 4 is right.
 
-2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run, because chains also
-find low energies where no noisy image has been. The gradient of -T log p(x) in the weights is that
-of E(x) minus the mean of that of E over p. So descend cd = E(data) - E(samples): it lowers the
-energy of data and raises that of negative samples, Langevin chains in a replay buffer (persistent
-CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
+2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: energies may also be
+low where no noisy image has been, and chains find such places. The gradient of -T log p(x) in the
+weights is that of E(x) minus the mean of that of E over p. So descend cd = E(data) - E(samples): it
+lowers the energy of data and raises that of negative samples, Langevin chains in a replay buffer
+(persistent CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
 
-Samples owe their quality to 1; 2 gives a p that long chains do not leave. Energy Matching (Balcerak
-et al. 2025, arXiv:2504.10612) does so with flow matching.
+Score matching makes samples good, CD keeps long chains among images. Energy Matching (Balcerak et
+al. 2025, arXiv:2504.10612) joins CD to flow matching in the same way.
 """
 
 import argparse
@@ -69,9 +69,9 @@ def quantise(x):
 
 
 def sample_sigma(x):
-    """Random noise levels (B,) for x (B, C, H, W): ln sigma is logistic, close to EDM's normal.
+    """Random noise levels (B,) for x (B, C, H, W): ln sigma is logistic, wider than EDM's normal.
 
-    Around 0.5 the content of an image is decided. One draw from each of B equally likely intervals.
+    Around 0.5 the content of an image is decided. Stratified: one from each of B equal intervals.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     return (0.5 * torch.exp(0.8 * torch.logit(u))).clamp(SIGMA_MIN, SIGMA_MAX)
@@ -81,8 +81,8 @@ def dsm_loss(net, x, sigma):
     """Denoising score matching, |grad E(y) / sigma - z|^2 with a weight, of x (B, C, H, W): (B,).
 
     That is |D - x|^2 (1 / sigma^2 + 1 / SIGMA_DATA^2), as in EDM (Karras et al. 2022,
-    arXiv:2206.00364): all levels count alike. They start at 0.75 to 1.25, not at 1 as there, since
-    not r itself is regressed, but grad E = J^T r with J = dr/dy (see EnergyNet).
+    arXiv:2206.00364): all levels count alike. Losses start at 0.75 to 1.25, not at EDM's 1, as the
+    output is not r, but grad E = J^T r with J = dr/dy (see EnergyNet).
     """
     s = sigma.view(-1, 1, 1, 1)
     z = torch.randn_like(x)
@@ -93,9 +93,9 @@ def dsm_loss(net, x, sigma):
 def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
 
-    B of the chains (N, C, H, W) take `steps` Langevin steps and are put back, a share `restart` of
-    them after a new start from noise. The loss is a hinge: samples with more energy than data by
-    the margin are left alone, as they may be on their way from noise. Maximum likelihood has none.
+    B of the chains (N, C, H, W), at first training images, take `steps` Langevin steps and go back;
+    a fraction `restart` starts from noise. The hinge leaves samples alone that exceed the data by
+    the margin: they may come from noise. Maximum likelihood has exact samples, and no hinge.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
@@ -107,7 +107,7 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
 
 
 def nats_per_dim(net, y, batch_size=256):
-    """E(y) / (T C H W), (B,), as energies are logged: the noise of SIGMA_MIN makes about 0.5."""
+    """E(y) / (T C H W), (B,), as energies are logged: about 0.5 for data with noise SIGMA_MIN."""
     return torch.cat([net(part) for part in y.split(batch_size)]) / (T * y[0].numel())
 
 
@@ -135,7 +135,7 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
     y <- (t/s) y + (1 - t/s) D would be exact. D changes, so its trend in ln sigma is continued:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    Langevin steps then bring y to p (not the weights of far modes), and D(y) takes the noise away.
+    Langevin steps then bring y to p within its mode, and D(y) takes the noise away.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -156,7 +156,7 @@ def noise_variance(y):
     """An estimate of sigma^2, (B, 1, 1, 1), from noisy images y (B, C, H, W).
 
     Differences along both axes, d = y[i,j] - y[i,j+1] - y[i+1,j] + y[i+1,j+1], cancel most of an
-    image. Noise leaves a variance of 4 sigma^2, to which texture adds (CIFAR-10's: sigma = 0.07).
+    image. Noise leaves a variance of 4 sigma^2, to which texture adds (CIFAR-10's as much as 0.07).
     """
     d = y.diff(dim=2).diff(dim=3)
     return d.square().mean((1, 2, 3), keepdim=True) / 4 + 1e-4  # above 0: its root has a gradient
@@ -175,14 +175,14 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = self.conv2(F.silu(self.conv1(F.silu(x))))
-        return (self.skip(x) + h) / math.sqrt(2)  # later both have variance 1, and their sum 2
+        return (self.skip(x) + h) / math.sqrt(2)  # keeps the variance if both have it
 
 
 class EnergyNet(nn.Module):
-    """E(y) = |r(y)|^2 / 2, with a residual r(y) of the form of the noise in y (Salimans & Ho 2021).
+    """E(y) = |r(y)|^2 / 2, with r(y) shaped like y, an estimate of its noise (Salimans & Ho 2021).
 
     So E looks like half the squared distance to an image, and is never below 0. Preconditioning is
-    EDM's: a U-Net F has inputs and targets of mean square 1 at all noise levels, were r the noise:
+    EDM's: if r is to be the noise, a U-Net F has inputs and targets of mean square 1:
         r = y - (c_skip y + c_out F(c_in y))
     y has mean square sigma^2 + SIGMA_DATA^2, with sigma estimated from y: hence c_in. c_skip y is
     the multiple of y nearest to x; its error has mean square c_out^2. F has `blocks` blocks of
@@ -212,7 +212,7 @@ class EnergyNet(nn.Module):
 
     def unet(self, x):
         """F: (B, C, H, W) -> the same shape."""
-        h = self.stem(x)  # in float32, as bfloat16 would round noise of SIGMA_MIN away
+        h = self.stem(x)  # in float32: bfloat16 is coarse beside noise of SIGMA_MIN
         skips = []
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             for i, block in enumerate(self.down):
@@ -238,7 +238,7 @@ class EnergyNet(nn.Module):
         return r.square().sum((1, 2, 3)) / 2
 
     def grad_E(self, y):
-        """grad E, shaped like y; torch.func.grad can be compiled and differentiated again."""
+        """grad E, shaped like y; func.grad compiles, differentiates twice and ignores no_grad."""
         return torch.func.grad(lambda y: self(y).sum())(y)
 
 
@@ -266,7 +266,7 @@ def orthogonalise(x, iterations=5):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the weight matrices inside a network.
 
-    A gradient is large in few singular directions, the update is the same in all (K. Jordan et al.
+    A gradient is large in few singular directions, the update equally in all (K. Jordan et al.
     2024, kellerjordan.github.io/posts/muon). A convolution counts as a matrix (C_out, C_in k k).
     """
 
@@ -374,11 +374,11 @@ def train(args):
         net.grad_E = torch.compile(net.grad_E, mode="reduce-overhead")  # on CUDA a CUDA graph
     steps = len(images) // args.batch_size  # per epoch
     total = args.epochs * steps
-    if state["step"] >= total:
+    if state["step"] >= total > 0:
         print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
-    save_at = min(end, state["seconds"] + 600)  # an end at any moment loses ten minutes at most
+    save_at = min(end, state["seconds"] + 600)  # stopping at any moment loses ten minutes at most
     for epoch in range(len(state["rows"]), args.epochs):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
@@ -387,7 +387,7 @@ def train(args):
             torch.manual_seed(1_000_003 * args.seed + state["step"] + 1)
             step, lr, chains = enter_phase(args, state, total, ema, images)
             state["losses"].append(training_step(net, (muon, adam), batch, lr, chains))
-            update_ema(ema, net, step)  # at the first step of a phase ema becomes net
+            update_ema(ema, net, step)  # at the first step of a phase ema is set to net
             state["step"] += 1
             state["seconds"] = time.time() - start
             if state["seconds"] > save_at:
@@ -396,14 +396,14 @@ def train(args):
                 if state["seconds"] > end:
                     print(f"time limit: step {state['step']} of {total} is saved, --resume goes on")
                     return
-        save(args, state, parts)  # what follows is done again if it is interrupted
+        save(args, state, parts)  # if the next line is interrupted, --resume repeats it
         finish_epoch(args, state, ema, test)
 
 
 def save(args, state, parts):
     """Write checkpoint.pt beside the old one and replace it: a kill leaves one of them whole."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
-        sys.exit(f"step {state['step']} is not finite and not saved: try a lower --lr")
+        sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
     flags = {flag: value for flag, value in vars(args).items() if flag not in [*HERE, "checkpoint"]}
     path = Path(args.out, "checkpoint.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -432,7 +432,7 @@ def finish_epoch(args, state, ema, test):
     state.update(rows=rows, losses=[])
     try:
         with open(Path(args.out, "log.csv"), "w", newline="") as file:
-            csv.writer(file).writerows([row, *(each.values() for each in rows)])
+            csv.writer(file).writerows([list(row), *(each.values() for each in rows)])
         axes = Figure().add_subplot(xlabel="epoch")
         for name in "train loss", "test loss", "E data", "E samples":
             axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
@@ -479,7 +479,7 @@ def evaluate(args, nets):
     z = torch.randn_like(x)
     chains = [torch.cat([dpm_solver(net.grad_E, z), x]) for net in nets]
     rows = []
-    for steps in 0, 1, 2, 7, 20, 70, 200:
+    for steps in 0, 1, 2, 7, 20, 70, 200:  # more, 300 in all
         for i, net in enumerate(nets):
             chains[i] = langevin(net.grad_E, chains[i], steps)
             rows.append(quantise(chains[i] - net.grad_E(chains[i])))
@@ -504,7 +504,7 @@ def make_parser():
     add = parser.add_argument
     add("--data", default="cifar10", help="cifar10, shapes, a folder of images or an .npz file")
     add("--subset", type=int, default=0, help="train on at most this many images, 0 for all")
-    add("--flip", action=switch, help="mirror half of the training images (default: for cifar10)")
+    add("--flip", action=switch, help="mirror half of the training images; None: cifar10's")
     add("--epochs", type=int, default=50, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images per step, also in sampling")
     add("--lr", type=float, default=0.02, help="peak learning rate of Muon; Adam has a tenth")
@@ -575,6 +575,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on from the last save")
+        sys.exit("interrupted: --resume goes on from the last save, if there is one")
     except (AssertionError, ImportError, OSError, RuntimeError) as error:  # such as a full disk
-        sys.exit(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])

@@ -76,7 +76,7 @@ def measure(images):
 class Denoiser(nn.Module):
     """D(y, sigma), and the score that follows from it; **unet are arguments of UNet.
 
-    The scale of y, and of what D has to remove from it, varies 200-fold with sigma. In EDM's
+    The scales of y and of the error of c_skip y, below, vary 200-fold with sigma. In EDM's
     preconditioning a network F has inputs and targets of mean square 1 at every sigma:
         D(y, sigma) = c_skip y + c_out F(c_in y, ln sigma)
     y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the multiple of y nearest to
@@ -114,7 +114,7 @@ def sample_sigma(net, x):
     """Random noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
 
     Around the median, 0.6 sigma_data, the content of a CIFAR-10 image is decided: smaller noise
-    hides texture, larger leaves mean colours. One draw from each of B equally likely intervals.
+    hides texture, larger leaves mean colours. Stratified: one draw from each of B equal intervals.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))
@@ -143,10 +143,10 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
     The ODE is dy/dsigma = -sigma score(y, sigma) = (y - D) / sigma. If y has density p_sigma at the
     start, its density is p_sigma at every smaller sigma, too (Song et al. 2021, arXiv:2011.13456).
     Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D would be exact (this is DDIM). D
-    changes, so the trend since the level before, linear in ln sigma, is continued to mid-step:
+    changes, so from the last two levels it is extrapolated, linearly in ln sigma, to mid-step:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
     `count` levels take as many calls of score. The error falls as 1 / count^2: with 12, Gaussians
-    of std 0.1 to 3 come out 10 to 13 % too wide, which FID does not mind.
+    of std 0.1 to 3 come out 10 to 13 % too wide.
     """
     ends = sigma_max ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -165,16 +165,16 @@ def langevin(score, z, sigma_max):
 
     Levels (2020, technique 2): in dim = C H W dimensions |sigma z| is nearly N(sqrt(dim) sigma,
     sigma^2 / 2), a thin shell. The mean radius of a level is 3 standard deviations below that of
-    the level above, so that half of its noise is where that level was trained. Their ratio is
+    the level above, so that half of its noise falls in that level's shell. Their ratio is
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise: its variance is h (2 - h) sigma^2, for small h the papers' 2 h sigma^2. Where y is mostly
     noise, score = -y / sigma^2: a step turns variance v into (1 - h)^2 v + h (2 - h) sigma^2, and
-    v = sigma^2 stays. Steps: as levels fall variances lag behind, too large by a share of
+    v = sigma^2 stays. Steps: as levels fall all variances lag behind, too large by a share of
     ln(gamma) / (n h). Where images exceed the noise, it is too small for them, by h / 2. The two
     cancel for h = sqrt(2 ln(gamma) / n), with n such that h is about 0.2 (CIFAR-10: n = 2).
     """
     root = math.sqrt(2 * z[0].numel())
-    ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any will do
+    ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any gamma does
     count = max(2, math.ceil(math.log(sigma_max / SIGMA_MIN) / ln_gamma) + 1)
     n = max(1, round(50 * ln_gamma))
     h = math.sqrt(2 * ln_gamma / n)
@@ -225,7 +225,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
-        return (self.skip(x) + h) / math.sqrt(2)  # later both have variance 1, and their sum 2
+        return (self.skip(x) + h) / math.sqrt(2)  # keeps the variance if both have it
 
 
 class UNet(nn.Module):
@@ -237,7 +237,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels=3, width=128, mults=(1, 2, 2), blocks=3):
         super().__init__()
-        # Sines and cosines of ln sigma, from -6 to 5: the slowest is nearly linear there.
+        # Sines and cosines of ln sigma, which is in [-6, 5]: the slowest is nearly linear there.
         self.register_buffer("frequencies", torch.logspace(-1.5, 0.5, width // 2))
         E = 4 * width  # size of the embedding of sigma
         self.embed = nn.Sequential(nn.Linear(width, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
@@ -300,7 +300,7 @@ def orthogonalise(x, iterations=5):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the weight matrices inside a network.
 
-    A gradient is large in few singular directions, the update is the same in all (K. Jordan et al.
+    A gradient is large in few singular directions, the update equally in all (K. Jordan et al.
     2024, kellerjordan.github.io/posts/muon). A convolution counts as a matrix (C_out, C_in k k).
     """
 
@@ -392,11 +392,11 @@ def train(args):
         net.unet.compile(mode="reduce-overhead")  # on CUDA a CUDA graph
     steps = len(images) // args.batch_size  # per epoch
     total = args.epochs * steps
-    if state["step"] >= total:
+    if state["step"] >= total > 0:
         print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
-    save_at = min(end, state["seconds"] + 600)  # an end at any moment loses ten minutes at most
+    save_at = min(end, state["seconds"] + 600)  # stopping at any moment loses ten minutes at most
     for epoch in range(len(state["rows"]), args.epochs):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
@@ -414,14 +414,14 @@ def train(args):
                 if state["seconds"] > end:
                     print(f"time limit: step {state['step']} of {total} is saved, --resume goes on")
                     return
-        save(args, state, parts)  # what follows is done again if it is interrupted
+        save(args, state, parts)  # if the next line is interrupted, --resume repeats it
         finish_epoch(args, state, ema, test)
 
 
 def save(args, state, parts):
     """Write checkpoint.pt beside the old one and replace it: a kill leaves one of them whole."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
-        sys.exit(f"step {state['step']} is not finite and not saved: try a lower --lr")
+        sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
     flags = {flag: value for flag, value in vars(args).items() if flag not in [*HERE, "checkpoint"]}
     path = Path(args.out, "checkpoint.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -446,7 +446,7 @@ def finish_epoch(args, state, ema, test):
     state.update(rows=rows, losses=[])
     try:
         with open(Path(args.out, "log.csv"), "w", newline="") as file:
-            csv.writer(file).writerows([row, *(each.values() for each in rows)])
+            csv.writer(file).writerows([list(row), *(each.values() for each in rows)])
         axes = Figure().add_subplot(xlabel="epoch")
         for name in "train loss", "test loss":
             axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
@@ -472,12 +472,12 @@ def sample(args, net, count):
 
 
 def bits_per_dim(x, sigmas, errors):
-    """Upper bound of -log2 p(x), (N,) in bits per dimension, of images x (N, C, H, W).
+    """Upper bound of -log2 P(bytes), (N,) in bits per dimension, of dequantised x (N, C, H, W).
 
     errors (N, L) are mean((D - x)^2) at the noise levels sigmas (L,), from s up to S. Minus the
     ELBO with latent variable x + s z (Kingma et al. 2021, arXiv:2107.00630) is, in nats:
         ln(2 pi e s^2) / 2 + mean(x^2) / (2 S^2) + integral of mean((D - x)^2) / sigma^2 d ln sigma
-    the entropy of s z, the KL divergence of x + S z from S z, and those of all steps between.
+    reconstruction (entropy of s z), prior (KL of x + S z from S z), and KLs of all steps between.
     """
     entropy = math.log(2 * math.pi * math.e * sigmas[0] ** 2) / 2
     prior = x.square().mean((1, 2, 3)) / (2 * sigmas[-1] ** 2)
@@ -527,7 +527,7 @@ def make_parser():
     add = parser.add_argument
     add("--data", default="cifar10", help="cifar10, shapes, a folder of images or an .npz file")
     add("--subset", type=int, default=0, help="train on at most this many images, 0 for all")
-    add("--flip", action=switch, help="mirror half of the training images (default: for cifar10)")
+    add("--flip", action=switch, help="mirror half of the training images; None: cifar10's")
     add("--epochs", type=int, default=50, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images per step, also in sampling")
     add("--lr", type=float, default=0.02, help="peak learning rate of Muon; Adam has a tenth")
@@ -595,6 +595,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on from the last save")
+        sys.exit("interrupted: --resume goes on from the last save, if there is one")
     except (AssertionError, ImportError, OSError, RuntimeError) as error:  # such as a full disk
-        sys.exit(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])

@@ -7,7 +7,7 @@
 
 A variational autoencoder explains images x by latent variables z, drawn from a prior p(z); then x
 is drawn from p(x|z), the output of a decoder network. The posterior p(z|x) is intractable, so an
-encoder network learns an approximate one, q(z|x). Both maximise a lower bound, the ELBO:
+encoder network learns an approximate one, q(z|x). Both networks maximise a lower bound, the ELBO:
     log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))
 NVAE (Vahdat & Kautz 2020, arXiv:2007.03898) splits z into groups z_1 ... z_G, feature maps from
 coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on those before it:
@@ -25,7 +25,7 @@ coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on tho
 
 In training, z_i is drawn from q, which sees h and the feature; for samples from p, which sees h.
     loss = -log p(x|z) + beta sum_i gamma_i KL_i + lambda sum_l s_l        in nats per image
-beta rises to 1 in the first steps (KL annealing, --kl-warmup), gamma_i balances the groups
+beta rises to 1 over 60 % of the run (KL annealing, --kl-warmup), gamma_i balances the groups
 (kl_loss), s_l is the largest singular value of convolution l (Spectral). Logs are in bits/dim.
 
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
@@ -84,7 +84,7 @@ class DMOL:
         parameters = parameters.unflatten(1, (sum(sizes), -1))  # (B, sum(sizes), M, H, W)
         logits, self.means, log_scales, coefficients = parameters.split(sizes, dim=1)
         self.logits = logits[:, 0]  # of the weights, (B, M, H, W); means are (B, C, M, H, W)
-        self.log_scales = log_scales.clamp(-7, 7)  # unbounded, s would go to 0 for plain images
+        self.log_scales = log_scales.clamp(-7, 7)  # unbounded, s may go to 0 in flat regions
         self.coefficients = torch.tanh(coefficients)  # (B, C (C - 1) / 2, M, H, W)
 
     def mean(self, k, colours):
@@ -116,7 +116,7 @@ class DMOL:
         colours = []  # of all components, each (B, M, H, W)
         for k in range(self.means.shape[1]):
             colour = self.mean(k, colours) + noise[:, k]
-            colours.append(scaled(quantise(colour)))  # the next one is conditioned on the byte
+            colours.append(scaled(quantise(colour)))  # the next mean depends on the rounded value
         return quantise(torch.stack(colours, dim=1).take_along_dim(component, dim=2)[:, :, 0])
 
 
@@ -127,7 +127,7 @@ def soft_clamped_normal(parameters):
     """mu and ln sigma, (B, 2 n, H, W) -> normal of (B, n, H, W), |mu| < 5, .017 < sigma < 7.4.
 
     Otherwise the KL may explode; a clamp by tanh leaves some gradient. NVAE lets sigma reach 148;
-    there a rare image made it grow from group to group, so ln sigma is cut at 2, too.
+    there a rare image made it grow from group to group, so ln sigma is also cut, hard, at 2.
     """
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return Normal(mu, log_sigma.clamp(max=2).exp() + 0.01, validate_args=False)
@@ -201,8 +201,8 @@ class Cell(nn.Module):
 class NVAE(nn.Module):
     """Encoder and decoder for images (C, H, W), with H and W multiples of 2^len(groups).
 
-    Level i = 0, 1 ... has 1 / 2^i of the resolution, width * mults[i] channels (or of the last of
-    mults) and groups[i - 1] groups, with `cells` cells before each, in encoder and decoder.
+    Level i = 0, 1 ... has 1 / 2^i of the resolution, width * mults[i] channels (the last of mults
+    repeats) and, from 1 on, groups[i - 1] groups, with `cells` cells before each, in both networks.
     """
 
     def __init__(self, shape, width=64, mults=(1, 2, 2), groups=(12, 8), cells=1, depthwise=False):
@@ -285,7 +285,7 @@ def iw_bound(net, x, K):
     """Importance-weighted bound of log p(x), (B,) in nats (Burda et al. 2016, arXiv:1509.00519).
 
     log p(x) >= E[log 1/K sum_k w_k], w_k = p(x|z_k) p(z_k) / q(z_k|x), with K draws z_k from q.
-    K = 1 is the ELBO; with K the bound rises towards log p(x).
+    K = 1 estimates the ELBO; with K the bound rises towards log p(x).
     """
     features = net.encode(x)
     log_w = []
@@ -312,7 +312,7 @@ def kl_loss(kl, beta, alpha):
 class Spectral(nn.Module):
     """lambda times the sum of s_l, the largest singular values of all convolutions (section 3.2).
 
-    s_l bounds how much layer l enlarges a small change of a patch; where changes grow from layer to
+    s_l bounds how much layer l amplifies a change of a patch; where changes grow from layer to
     layer, the KL of an outlier explodes. A convolution counts as a matrix W (C_out, C_in k k).
     s_l = u^T W v, u along W v, v along W^T u: with u kept, one iteration a step keeps up with W.
     """
@@ -367,7 +367,7 @@ def orthogonalise(x, iterations=5):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the weight matrices inside a network.
 
-    A gradient is large in few singular directions, the update is the same in all (K. Jordan et al.
+    A gradient is large in few singular directions, the update equally in all (K. Jordan et al.
     2024, kellerjordan.github.io/posts/muon). A convolution counts as a matrix (C_out, C_in k k).
     """
 
@@ -401,7 +401,7 @@ def make_optimizers(net, lr=0.02):
 
 def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     """One step on uint8 images (B, C, H, W) -> (3,) in bits/dim: -log p(x|z), KL, spectral term."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):  # the network only
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):  # losses stay float32
         terms = elbo_terms(net, scaled(images))
     reconstruction = terms[:, 0].mean()
     kl = terms[:, 1:]
@@ -443,13 +443,13 @@ class RecordedStep:
     """step(batch, *numbers) on CUDA: the fourth call is recorded as a graph, later ones replay it.
 
     A step is a thousand small kernels, which take the CPU longer to launch than the GPU to run. A
-    CUDA graph is launched as a whole, on the same memory: a call overwrites the results before it.
+    CUDA graph is launched as a whole, on the same memory: each call overwrites the last results.
     """
 
     def __init__(self, step):
         self.step = step
         self.calls = 0
-        self.stream = torch.cuda.Stream()  # what comes before recording must be on a side stream
+        self.stream = torch.cuda.Stream()  # calls before recording must run on a side stream
 
     def __call__(self, *arguments):
         arguments = [torch.as_tensor(given) for given in arguments]
@@ -495,19 +495,19 @@ def train(args):
         parts[name].load_state_dict(state[name])
     step = functools.partial(training_step, net, spectral, (muon, adam), amp=args.amp)
     if args.compile and can_compile(args.device):
-        torch._dynamo.config.recompile_limit = 64  # kinds of cells
+        torch._dynamo.config.recompile_limit = 64  # more kinds of cells than the default
         for cell in [layer for layer in net.modules() if isinstance(layer, Cell)]:
             cell.compile()  # one by one: the whole network would take long
     recorded = args.compile and args.device.startswith("cuda")
-    adam.param_groups[0]["capturable"] = recorded  # else Adam refuses to be
+    adam.param_groups[0]["capturable"] = recorded  # else Adam cannot be recorded
     step = RecordedStep(step) if recorded else step
     steps = len(images) // args.batch_size  # per epoch
     total = args.epochs * steps
-    if state["step"] >= total:
+    if state["step"] >= total > 0:
         print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
-    save_at = min(end, state["seconds"] + 600)  # an end at any moment loses ten minutes at most
+    save_at = min(end, state["seconds"] + 600)  # stopping at any moment loses ten minutes at most
     for epoch in range(len(state["rows"]), args.epochs):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
@@ -526,14 +526,14 @@ def train(args):
                 if state["seconds"] > end:
                     print(f"time limit: step {state['step']} of {total} is saved, --resume goes on")
                     return
-        save(args, state, parts)  # what follows is done again if it is interrupted
+        save(args, state, parts)  # if the next line is interrupted, --resume repeats it
         finish_epoch(args, state, ema, test)
 
 
 def save(args, state, parts):
     """Write checkpoint.pt beside the old one and replace it: a kill leaves one of them whole."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
-        sys.exit(f"step {state['step']} is not finite and not saved: try a lower --lr")
+        sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
     flags = {flag: value for flag, value in vars(args).items() if flag not in [*HERE, "checkpoint"]}
     path = Path(args.out, "checkpoint.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -559,7 +559,7 @@ def finish_epoch(args, state, ema, test):
     state.update(rows=rows, losses=[])
     try:
         with open(Path(args.out, "log.csv"), "w", newline="") as file:
-            csv.writer(file).writerows([row, *(each.values() for each in rows)])
+            csv.writer(file).writerows([list(row), *(each.values() for each in rows)])
         axes = Figure().add_subplot(xlabel="epoch")
         for name in "train loss", "test loss":
             axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
@@ -572,7 +572,7 @@ def finish_epoch(args, state, ema, test):
 
 
 def sample(args, net, count, shared=0):
-    """`count` uint8 images, the same ones at each call; up to 8 have z_1 ... z_shared in common."""
+    """`count` uint8 images, the same at each call; if at most 8, all share z_1 ... z_shared."""
     torch.manual_seed(args.seed)
     size = min(count, max(8, args.batch_size))
     draws = (net.generate(size, args.temperature, shared) for _ in range(0, count, size))
@@ -621,7 +621,7 @@ def make_parser():
     add = parser.add_argument
     add("--data", default="cifar10", help="cifar10, shapes, a folder of images or an .npz file")
     add("--subset", type=int, default=0, help="train on at most this many images, 0 for all")
-    add("--flip", action=switch, help="mirror half of the training images (default: for cifar10)")
+    add("--flip", action=switch, help="mirror half of the training images; None: cifar10's")
     add("--epochs", type=int, default=50, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images per step, also in sampling")
     add("--lr", type=float, default=0.02, help="peak learning rate of Muon; Adam has a tenth")
@@ -695,6 +695,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on from the last save")
+        sys.exit("interrupted: --resume goes on from the last save, if there is one")
     except (AssertionError, ImportError, OSError, RuntimeError) as error:  # such as a full disk
-        sys.exit(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])
