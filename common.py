@@ -1,7 +1,7 @@
 """Data and image grids for the scripts in this folder.
 
 `python common.py --data cifar10` shows the data: how many images there are and of which class, mean
-and standard deviation of each channel, a histogram, ten images of each class. --data is one of
+and standard deviation of each channel, a picture of ten images of each class. --data is one of
     cifar10   data/cifar10.npz or else data/cifar-10-batches-py; torchvision downloads it (170 MB)
     shapes    2,400 + 600 coloured shapes of six kinds, drawn on the fly: needs no network
     FOLDER    pictures, cropped to the middle square and reduced to 32x32; subfolders train
@@ -88,10 +88,12 @@ def read(data):
     elif path.suffix.lower() == ".npz":
         train, test, labels = read_npz(path)
     else:
-        known = "it is neither cifar10, shapes, a folder nor an .npz file"
+        known = "it is neither cifar10 nor shapes, and no folder or .npz file of that name is there"
         sys.exit(f"cannot use --data {data}: {UNPACK.get(path.suffix.lower(), known)}")
     if test is not None:
         return train, test, labels
+    if len(train) < 2:
+        sys.exit(f"one picture is too few, for training and testing: {data}")
     testing = np.arange(len(train)) % 10 == 0
     print(f"{sum(~testing)} images for training; every tenth, {sum(testing)}, for testing")
     return train[~testing], train[testing], None
@@ -137,7 +139,7 @@ def check_images(images):
         images = images[:, None]  # grey: [N,1,32,32]
     elif images.shape[-1] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
-    if images.dtype.kind in "bf" and 0 <= images.min() <= images.max() <= 1:  # not true of NaN
+    if images.dtype.kind in "bf" and -1e-3 < images.min() <= images.max() < 1.002:  # no NaN
         images = np.rint(255.0 * images).astype(np.uint8)
     fits = images.dtype == np.uint8 and images.shape[1:] in ((1, SIZE, SIZE), (3, SIZE, SIZE))
     if not fits or images.max() == 1:  # bytes 0 and 1 are a mask
@@ -147,8 +149,9 @@ def check_images(images):
 
 def read_folder(folder):
     """(train, test, None): the pictures in subfolders of these names, or all of them and None."""
-    subfolders = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
-    for name in ("test", "val", "valid"):
+    places = [path for path in folder.iterdir() if path.is_dir()]
+    subfolders = {path.name.strip().lower().removesuffix("ing"): path for path in places}
+    for name in ("test", "val", "valid", "validation"):
         if "train" in subfolders and name in subfolders:
             train, test = (read_pictures(subfolders[part]) for part in ("train", name))
             print(f"{len(train)} images of train for training, {len(test)} of {name} for testing")
@@ -176,7 +179,7 @@ def read_pictures(folder):
             tqdm.write(f"skipped {str(path)!r}: {error!r}", file=sys.stderr)
     if not images:
         advice = [UNPACK[x] for path in files for x in (path.suffix, path.stem) if x in UNPACK]
-        sys.exit(f"no pictures in {folder} ({ENDINGS}) {''.join(advice[:1])}")
+        sys.exit(f"no usable pictures in {folder} ({ENDINGS}) {''.join(advice[:1])}")
     return np.stack(images)
 
 
@@ -188,19 +191,22 @@ def read_picture(path):
     with Image.open(path) as image:
         image.draft("RGB", (4 * SIZE, 4 * SIZE))  # lets a JPEG be decoded at a reduced size
         profile = io.BytesIO(image.info.get("icc_profile", b""))
+        deep = ";16" in str(image.tile)  # colours of 16 bits, of which Pillow takes the upper 8
         image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "L" and image.getextrema()[1] == 1:
         raise ValueError("looks like a mask of 0 and 1: multiply it by 255")
+    if deep and image.mode == "RGB" and max(image.getextrema())[1] < 64:
+        raise ValueError("looks like 10- to 14-bit colours in a 16-bit file: scale it to 0..65535")
     if image.mode == "F" or image.mode.startswith("I"):  # grey of floats 0..1 or of 16 bits
         grey = np.asarray(image) * (2**16 - 1 if image.mode == "F" else 1)
         bits = int(grey.max()).bit_length()
         # Cameras of 10 to 14 bits leave the upper bits empty, multiples of 257 are dark bytes.
         too_dark = image.mode != "F" and bits < 15 and np.any(grey % 257)
         if grey.min() < 0 or bits > 16 or too_dark:
-            raise ValueError(f"looks like {bits}-bit values in a 16-bit file: scale it to 0..65535")
+            raise ValueError(f"looks like {bits}-bit values: scale it to 0..65535 (floats: to 1)")
         image = Image.fromarray(np.rint(grey / 257).astype(np.uint8))
     image = ImageOps.fit(image.convert("RGB"), (SIZE, SIZE))
     with contextlib.suppress(ImportError, ImageCms.PyCMSError):  # no profile or a broken one
@@ -270,9 +276,7 @@ def export(images, folder, start=0):
 
 
 def main():
-    """Shows what --data holds: numbers on the terminal, classes.png and histogram.png in --out."""
-    from matplotlib.figure import Figure  # unlike pyplot it needs no display
-
+    """Shows what --data holds: numbers on the terminal, classes.png in --out."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="see above (default: %(default)s)")
     parser.add_argument("--out", default="runs/data", help="for pictures (default: %(default)s)")
@@ -287,13 +291,9 @@ def main():
         print(f"class {label:6}{sum(labels == label):8}")
         rows.append(np.resize(train[labels == label], (10, *train.shape[1:])))  # cyclic if fewer
     save_grid(torch.from_numpy(np.concatenate(rows)), Path(options.out, "classes.png"), columns=10)
-
-    axes = Figure().add_subplot(xlabel="value", ylabel="pixels")
     for channel, name in enumerate(["red", "green", "blue"]):
         values = train[:, channel].flatten()
         print(f"{name:12}{values.mean() / 255:8.4f} mean {values.std() / 255:8.4f} std")
-        axes.stairs(np.bincount(values, minlength=256), np.arange(257) / 256, color=name)
-    axes.figure.savefig(Path(options.out, "histogram.png"))
 
 
 if __name__ == "__main__":

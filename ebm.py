@@ -71,7 +71,7 @@ def quantise(x):
 def sample_sigma(x):
     """Random noise levels (B,) for x (B, C, H, W): ln sigma is logistic, wider than EDM's normal.
 
-    Around 0.5 the content of an image is decided. Stratified: one from each of B equal intervals.
+    At 0.3 to 0.5 the content of an image is decided. Stratified: one of each of B equal intervals.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     return (0.5 * torch.exp(0.8 * torch.logit(u))).clamp(SIGMA_MIN, SIGMA_MAX)
@@ -100,7 +100,7 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
     start = torch.where(anew, SIGMA_MAX * torch.randn_like(chains[slots]), chains[slots])
-    chains[slots] = langevin(net.grad_E, start, steps)  # without gradients for the weights
+    chains[slots] = langevin(net.grad_E, start, steps)  # back into the replay buffer
     E_data = nats_per_dim(net, x + SIGMA_MIN * torch.randn_like(x))  # positive phase
     E_samples = nats_per_dim(net, chains[slots])  # negative phase
     return F.relu(margin + E_data.mean() - E_samples).mean()
@@ -425,7 +425,7 @@ def finish_epoch(args, state, ema, test):
     row["test loss"] = torch.cat(losses).mean().item()
     y = torch.cat(parts) + SIGMA_MIN * torch.randn_like(torch.cat(parts))
     row["E data"] = nats_per_dim(ema, y).mean().item()
-    cd = state["cd"]
+    cd = state["cd"]  # chains from noise have huge energies: hence a median below
     row["E samples"] = nats_per_dim(ema, cd["chains"]).median().item() if cd else None
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None))
     rows = [*state["rows"], row]
@@ -523,7 +523,7 @@ def make_parser():
     add("--sample-every", type=int, default=5, metavar="EPOCHS", help="draw samples that often")
     add("--generate", type=int, metavar="N", help="draw N samples as PNG files, do not train")
     add("--evaluate", action="store_true", help="AUROC and chains.png, do not train")
-    add("--ood", default="shapes", help="other images for --evaluate, like --data")
+    add("--ood", default="shapes", help="other images for --evaluate, not those of --data")
     parser.set_defaults(checkpoint=None)
     return parser
 
@@ -545,7 +545,7 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    assert os.environ.get("WORLD_SIZE", "1") == "1", "not for torchrun: a run is one process"
+    assert os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE: one process, not torchrun"
     if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
         sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
     return args

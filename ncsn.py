@@ -17,8 +17,8 @@ while sigma falls from very large to very small.
     y      noisy images, y = x + sigma z; their density is p_sigma
     D      the denoiser, a network: D(y, sigma) estimates x
 
-Training is denoising: minimise the mean of |D(y, sigma) - x|^2 over random x, z, sigma. The best D
-is the posterior mean E[x | y], and by Tweedie's formula it gives the score:
+Training is denoising: minimise the mean of |D(y, sigma) - x|^2, weighted, over random x, z, sigma.
+The best D is the posterior mean E[x | y], and by Tweedie's formula it gives the score:
     score(y, sigma) = grad_y log p_sigma(y) = (E[x | y] - y) / sigma^2
 Proof: p_sigma(y) = E_x[N(y; x, sigma^2 I)], and grad_y N = N (x - y) / sigma^2. Divide by p_sigma:
 by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | y] / sigma^2.
@@ -26,6 +26,7 @@ by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | 
 From NCSN are the idea, the largest noise level and the Langevin sampler. From EDM (Karras et al.
 2022, arXiv:2206.00364) are the preconditioning, a continuous sigma (here with heavier tails) and
 the U-Net (here without attention). Samples are drawn by DPM-Solver++, Muon is the optimiser.
+In another project, copy this file: Denoiser(**measure(images)) fits uint8 images (N, C, H, W).
 """
 
 import argparse
@@ -133,7 +134,8 @@ def denoising_loss(net, x, sigma):
 
 
 # ----------------------------------------------------------------------------------------- samplers
-# Each goes from y = sigma_max z down to D(y, SIGMA_MIN) along score(y, sigma); z is (B, C, H, W).
+# Each goes from y = sigma_max z, (B, C, H, W), down to D(y, SIGMA_MIN). score(y, sigma) may be any
+# function: one that stores y shows the path, one that adds grad_y log p(label | y) draws a class.
 
 
 @torch.no_grad()
@@ -142,8 +144,9 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
 
     The ODE is dy/dsigma = -sigma score(y, sigma) = (y - D) / sigma. If y has density p_sigma at the
     start, its density is p_sigma at every smaller sigma, too (Song et al. 2021, arXiv:2011.13456).
-    Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D would be exact (this is DDIM). D
-    changes, so from the last two levels it is extrapolated, linearly in ln sigma, to mid-step:
+    Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D would be exact (this is DDIM; DDPM
+    is y <- (t/s)^2 y + (1 - (t/s)^2) D + t sqrt(1 - (t/s)^2) noise). D changes, so it is continued
+    to mid-step from the last two levels, linearly in ln sigma:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
     `count` levels take as many calls of score. The error falls as 1 / count^2: with 12, Gaussians
     of std 0.1 to 3 come out 10 to 14 % too wide.
@@ -187,7 +190,7 @@ def langevin(score, z, sigma_max):
 
 
 def ideal_score(images):
-    """The exact score of noisy images, from uint8 (N, C, H, W): what a perfect network would learn.
+    """The exact score (sigma a number) of noisy images, uint8 (N, C, H, W): a perfect network's.
 
     E[x | y] is their mean with the weights softmax(-|y - x_i|^2 / (2 sigma^2)). Its samples are
     copies of them: a network draws new images because it does not get there.
@@ -205,10 +208,7 @@ def ideal_score(images):
 
 
 class Block(nn.Module):
-    """Residual block (B, in_channels, H, W) -> (B, out_channels, H, W).
-
-    The embedding of sigma scales and shifts the second normalisation (adaptive group norm).
-    """
+    """Residual block (B, in_channels, H, W) -> (B, out_channels, H, W), conditioned on sigma."""
 
     def __init__(self, in_channels, out_channels, embedding_size):
         super().__init__()
@@ -224,7 +224,7 @@ class Block(nn.Module):
     def forward(self, x, embedding):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))  # adaptive group norm
         return (self.skip(x) + h) / math.sqrt(2)  # keeps the variance if both have it
 
 
@@ -567,7 +567,7 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    assert os.environ.get("WORLD_SIZE", "1") == "1", "not for torchrun: a run is one process"
+    assert os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE: one process, not torchrun"
     if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
         sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
     return args

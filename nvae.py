@@ -273,7 +273,7 @@ def bits_per_dim(nats, images):
 
 
 def elbo_terms(net, x):
-    """-log p(x|z) and KL of each group, (B, 1 + G) in nats: minus their sum is the ELBO."""
+    """-log p(x|z), distortion, and KL of each group, rate, (B, 1 + G) in nats: the sum is -ELBO."""
     likelihood, draws = net.decode(net.encode(x))
     # KL(q || p) = log(sigma_p / sigma_q) + (sigma_q^2 + (mu_q - mu_p)^2) / (2 sigma_p^2) - 1/2
     kl = [kl_divergence(q, p).sum((1, 2, 3)) for _, q, p in draws]
@@ -666,7 +666,7 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    assert os.environ.get("WORLD_SIZE", "1") == "1", "not for torchrun: a run is one process"
+    assert os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE: one process, not torchrun"
     if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
         sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
     return args

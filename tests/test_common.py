@@ -5,6 +5,7 @@ import pickle
 import runpy
 import sys
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_grey_images_are_said_to_count_three_times(capsys):
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 3, 1, 2)])
 def test_npz_with_floats_in_any_layout_gives_the_nearest_bytes(kind, axes):
     images = arrays()["train"]
-    floats = np.clip(images / 255 - 0.001, 0, 1).astype(kind)
+    floats = (images / 255 * 1.0009).astype(kind)  # as resizing may leave them
     np.savez("other.npz", train=floats.transpose(axes), test=images[:2].transpose(axes))
     train, test = common.load("other.npz")
     assert torch.equal(train, nchw(images)) and torch.equal(test, nchw(images[:2]))
@@ -206,7 +207,7 @@ def test_other_containers_are_refused_with_what_to_do(dies, name):
     Path("in/deep").mkdir(parents=True)
     Path("in/deep", name).write_bytes(b"PK")
     line = dies(common.load, "in")
-    assert advice in line and "no pictures in in" in line and ".jpg" in line
+    assert advice in line and "no usable pictures in in" in line and ".jpg" in line
     if name in CONTAINERS:
         assert advice in dies(common.load, f"in/deep/{name}")
     picture("in/1.png")
@@ -224,7 +225,9 @@ def test_folder_is_sorted_and_every_tenth_picture_is_held_out(capsys):
     assert capsys.readouterr().out == "22 images for training; every tenth, 3, for testing\n"
 
 
-@pytest.mark.parametrize("names", ["train test", "Train VAL", "TRAIN valid", "train test val"])
+@pytest.mark.parametrize(
+    "names", ["train test", "Train VAL", "training validation", "train test val"]
+)
 def test_subfolders_are_the_split(capsys, names):
     train_name, test_name, *_ = names.split()
     for value, name in enumerate(names.split()):
@@ -337,7 +340,20 @@ def test_grey_of_other_than_16_bits_is_refused_by_name(folder, capfd, bits):
     assert len(common.load(folder)[0]) == 1
     lines = capfd.readouterr().err.splitlines()
     assert [line.split("'")[1] for line in lines] == [str(x) for x in sorted(folder.iterdir())[1:6]]
-    assert f"looks like {bits}-bit values in a 16-bit file" in lines[0]
+    assert f"looks like {bits}-bit values" in lines[0]
+
+
+def test_colours_of_12_bits_in_16_are_refused_and_of_16_are_taken(folder, capfd):
+    header = b"\0\0\0\x20\0\0\0\x20\x10\2\0\0\0"  # 32x32, 16 bits, colours
+    for name, top in ("1.png", 2**16), ("2.png", 2**12), ("3.png", 2**16):
+        colours = np.linspace(0, top - 1, 32 * 96).astype(">u2").reshape(32, 96)
+        rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in colours))
+        png = b"\x89PNG\r\n\x1a\n"
+        for part in b"IHDR" + header, b"IDAT" + rows, b"IEND":
+            png += (len(part) - 4).to_bytes(4, "big") + part + zlib.crc32(part).to_bytes(4, "big")
+        (folder / name).write_bytes(png)
+    assert common.load(folder)[0].float().mean().item() == pytest.approx(127.5, abs=1)
+    assert "2.png" in capfd.readouterr().err
 
 
 def test_masks_of_0_and_1_are_refused_but_black_and_bilevel_pictures_are_not(folder, capfd):
@@ -433,7 +449,7 @@ def test_subset_is_fixed_and_takes_at_most_that_many(dies):
     assert torch.equal(many.sum((1, 2, 3)).sort()[0], everything.sum((1, 2, 3)).sort()[0])
     assert "--subset takes -1" in dies(common.load, "data.npz", -1)
     picture("one/1.png")
-    assert "no images to train on: one" in dies(common.load, "one")  # it is for testing
+    assert "one picture is too few" in dies(common.load, "one")
 
 
 @pytest.fixture(scope="module")
@@ -466,13 +482,6 @@ def test_batches_hold_each_image_once_and_mirror_half_if_asked(images, flip):
     assert mirrored.view(59, 17).float().mean(1).std() < 0.3  # image by image, not by batch
 
 
-def test_last_batch_is_dropped_if_it_is_not_full(images, dies):
-    assert [len(x) for x in common.batches(images, 100, 0, 0)] == [100] * 10
-    assert [len(x) for x in common.batches(images[:6], 6, 0, 0)] == [6]
-    line = dies(lambda: list(common.batches(images[:5], 6, 0, 0)))
-    assert "lower --batch-size" in line and "5 training images" in line
-
-
 def test_batches_depend_on_seed_and_epoch_alone(images):
     def order(seed, epoch):
         return torch.stack(decode(common.batches(images, 17, seed, epoch, flip=True))[:2])
@@ -484,13 +493,6 @@ def test_batches_depend_on_seed_and_epoch_alone(images):
     assert torch.equal(torch.get_rng_state(), state)  # the caller's randomness is not touched
     for i, first in enumerate(orders):
         assert all((first[0] == other[0]).float().mean() < 0.1 for other in orders[:i])
-
-
-@pytest.mark.parametrize("skip", [1, 7, 10, 50])
-def test_skip_resumes_exactly(images, skip):
-    whole = list(common.batches(images, 100, 1, 4, flip=True))
-    rest = list(common.batches(images, 100, 1, 4, skip=skip, flip=True))
-    assert len(rest) == len(whole[skip:]) and all(map(torch.equal, rest, whole[skip:]))
 
 
 @pytest.fixture(scope="module")
@@ -569,7 +571,7 @@ def test_export_counts_and_clears_earlier_exports_only_from_zero():
     assert sorted(os.listdir("samples/of/it")) == sorted(["00000.png", *keep])
 
 
-def test_the_page_shows_classes_numbers_and_a_histogram(monkeypatch, capsys):
+def test_the_page_shows_classes_and_numbers(monkeypatch, capsys):
     content = arrays(train=30)
     content["train_labels"] = np.where(np.arange(30) == 7, 5, 3)  # a class of one image
     np.savez("few.npz", **content)
@@ -584,7 +586,3 @@ def test_the_page_shows_classes_numbers_and_a_histogram(monkeypatch, capsys):
     for channel, (_, mean, _, std, _) in enumerate(lines[3:]):
         values = content["train"][..., channel] / 255
         assert abs(float(mean) - values.mean()) + abs(float(std) - values.std()) < 2e-4
-    pixels = np.asarray(Image.open("some/where/histogram.png").convert("RGB")).reshape(-1, 3)
-    assert all(
-        (pixels == colour).all(1).any() for colour in ([255, 0, 0], [0, 128, 0], [0, 0, 255])
-    )
