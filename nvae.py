@@ -403,12 +403,12 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     """One step on uint8 images (B, C, H, W) -> (3,) in bits/dim: -log p(x|z), KL, spectral term."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):  # losses stay float32
         terms = elbo_terms(net, scaled(images))
-    reconstruction = terms[:, 0].mean()
-    kl = terms[:, 1:]
+    reconstruction, kl = terms[:, 0].mean(), terms[:, 1:]
     regulariser = spectral()
     loss = reconstruction + kl_loss(kl, beta, net.alpha) + regulariser
     net.zero_grad()
     loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # or a rare outlier would fill the momentum
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
         optimizer.param_groups[0]["lr"] = factor * lr
         optimizer.step()
