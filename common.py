@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 SIZE = 32  # pixels on each side of an image
-TRAIN_SHAPES, TEST_SHAPES = 2400, 600
+TRAIN_SHAPES = 2400
 SHAPES = {  # number of equal sectors; in each of them angles (1: a sector) and radii of corners
     "triangle": (3, [0], [1]),
     "square": (4, [0.5], [1]),
@@ -79,7 +79,7 @@ def read(data):
     """(train, test, labels): uint8 arrays [N,3,32,32], and labels of train as stored, or None."""
     path = Path("data/cifar10.npz" if data == "cifar10" else data).expanduser()
     if data == "shapes":
-        images, labels = shapes(TRAIN_SHAPES + TEST_SHAPES)
+        images, labels = shapes(TRAIN_SHAPES + 600)
         return images[:TRAIN_SHAPES], images[TRAIN_SHAPES:], labels[:TRAIN_SHAPES]
     if data == "cifar10" and not path.exists():
         return read_cifar10()

@@ -30,8 +30,8 @@ weights is that of E(x) minus the mean of that of E over p. So descend cd = E(da
 lowers the energy of data and raises that of negative samples, Langevin chains in a replay buffer
 (persistent CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
 
-Score matching makes samples good, CD keeps long chains among images. Energy Matching (Balcerak et
-al. 2025, arXiv:2504.10612) joins CD to flow matching in the same way.
+Score matching makes samples good, CD keeps long chains among images (cf. Energy Matching, Balcerak
+et al. 2025, arXiv:2504.10612). In another project copy this file; measure the first constants anew.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def noise_variance(y):
     """An estimate of sigma^2, (B, 1, 1, 1), from noisy images y (B, C, H, W).
 
     Differences along both axes, d = y[i,j] - y[i,j+1] - y[i+1,j] + y[i+1,j+1], cancel most of an
-    image. Noise leaves a variance of 4 sigma^2, to which texture adds (CIFAR-10's as much as 0.07).
+    image. Noise leaves a variance of 4 sigma^2, to which texture adds (CIFAR-10's as sigma = 0.07).
     """
     d = y.diff(dim=2).diff(dim=3)
     return d.square().mean((1, 2, 3), keepdim=True) / 4 + 1e-4  # above 0: its root has a gradient
@@ -182,7 +182,7 @@ class EnergyNet(nn.Module):
     """E(y) = |r(y)|^2 / 2, with r(y) shaped like y, an estimate of its noise (Salimans & Ho 2021).
 
     So E looks like half the squared distance to an image, and is never below 0. Preconditioning is
-    EDM's: if r is to be the noise, a U-Net F has inputs and targets of mean square 1:
+    EDM's: if r is to be the noise, a U-Net F has inputs and targets of mean square about 1:
         r = y - (c_skip y + c_out F(c_in y))
     y has mean square sigma^2 + SIGMA_DATA^2, with sigma estimated from y: hence c_in. c_skip y is
     the multiple of y nearest to x; its error has mean square c_out^2. F has `blocks` blocks of
@@ -383,7 +383,7 @@ def train(args):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
         for batch in tqdm(data, f"epoch {epoch + 1}", steps, initial=done, disable=None):
-            # Noise depends on (seed, step) alone: a resumed run equals an uninterrupted one.
+            # Noise depends on (seed, step): resumed with the same flags, a run equals a whole one.
             torch.manual_seed(1_000_003 * args.seed + state["step"] + 1)
             step, lr, chains = enter_phase(args, state, total, ema, images)
             state["losses"].append(training_step(net, (muon, adam), batch, lr, chains))
@@ -413,7 +413,7 @@ def save(args, state, parts):
 
 @torch.no_grad()
 def finish_epoch(args, state, ema, test):
-    """Measure the averaged weights, write log.csv and curves.png, draw samples now and then."""
+    """Test the averaged weights, write log.csv and curves.png, draw samples now and then."""
     from matplotlib.figure import Figure
     from common import save_grid
 
@@ -458,7 +458,7 @@ def auroc(E_in, E_out):
 
 @torch.no_grad()
 def evaluate(args, nets):
-    """--evaluate: AUROC of test images against others, chains.png with 0 to 300 Langevin steps."""
+    """--evaluate: AUROC of test images against others, chains.png: 0 to 300 more Langevin steps."""
     from common import load, save_grid
 
     torch.manual_seed(args.seed)

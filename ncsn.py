@@ -25,7 +25,7 @@ by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | 
 
 From NCSN are the idea, the largest noise level and the Langevin sampler. From EDM (Karras et al.
 2022, arXiv:2206.00364) are the preconditioning, a continuous sigma (here with heavier tails) and
-the U-Net (here without attention). Samples are drawn by DPM-Solver++, Muon is the optimiser.
+the U-Net (here without attention). Samples are drawn by DPM-Solver++, Muon and Adam train.
 In another project, copy this file: Denoiser(**measure(images)) fits uint8 images (N, C, H, W).
 """
 
@@ -66,7 +66,7 @@ def measure(images):
 
     sigma_data is the root mean square of the pixels. sigma_max is the largest distance between two
     images (2020, technique 1), or of one from 0: in that much noise images can hardly be told
-    apart, so sampling may start from noise alone. To save time it looks at 5,000 to 10,000 images.
+    apart, so sampling may start from noise alone. To save time it looks at under 10,000 images.
     """
     x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # they may be sorted by class
     sigma_data = x.square().mean().sqrt().item()
@@ -168,12 +168,12 @@ def langevin(score, z, sigma_max):
 
     Levels (2020, technique 2): in dim = C H W dimensions |sigma z| is nearly N(sqrt(dim) sigma,
     sigma^2 / 2), a thin shell. The mean radius of a level is 3 standard deviations below that of
-    the level above, so that half of its noise falls in that level's shell. Their ratio is
+    the level above, so that half of its noise falls in the upper shell. Their ratio is
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise: its variance is h (2 - h) sigma^2, for small h the papers' 2 h sigma^2. Where y is mostly
     noise, score = -y / sigma^2: a step turns variance v into (1 - h)^2 v + h (2 - h) sigma^2, and
     v = sigma^2 stays. Steps: as levels fall all variances lag behind, too large by a share of
-    ln(gamma) / (n h). Where images exceed the noise, it is too small for them, by h / 2. The two
+    ln(gamma) / (n h). Where images exceed the noise, a step leaves them too small by h / 2. The two
     cancel for h = sqrt(2 ln(gamma) / n), with n such that h is about 0.2 (CIFAR-10: n = 2).
     """
     root = math.sqrt(2 * z[0].numel())
@@ -190,7 +190,7 @@ def langevin(score, z, sigma_max):
 
 
 def ideal_score(images):
-    """The exact score (sigma a number) of noisy images, uint8 (N, C, H, W): a perfect network's.
+    """The exact score (sigma a number) of uint8 images (N, C, H, W) and noise: a perfect one.
 
     E[x | y] is their mean with the weights softmax(-|y - x_i|^2 / (2 sigma^2)). Its samples are
     copies of them: a network draws new images because it does not get there.
@@ -401,7 +401,7 @@ def train(args):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
         for batch in tqdm(data, f"epoch {epoch + 1}", steps, initial=done, disable=None):
-            # Noise depends on (seed, step) alone: a resumed run equals an uninterrupted one.
+            # Noise depends on (seed, step): resumed with the same flags, a run equals a whole one.
             torch.manual_seed(1_000_003 * args.seed + state["step"] + 1)
             lr = args.lr * warmup_cosine(state["step"], total)
             state["losses"].append(training_step(net, (muon, adam), batch, lr))
@@ -431,7 +431,7 @@ def save(args, state, parts):
 
 @torch.no_grad()
 def finish_epoch(args, state, ema, test):
-    """Measure the averaged weights, write log.csv and curves.png, draw samples now and then."""
+    """Test the averaged weights, write log.csv and curves.png, draw samples now and then."""
     from matplotlib.figure import Figure
     from common import save_grid
 
@@ -487,7 +487,7 @@ def bits_per_dim(x, sigmas, errors):
 
 @torch.no_grad()
 def evaluate(args, net):
-    """--evaluate: loss by sigma and bits/dim, of 1,000 test images; denoised.png: D(y, sigma)."""
+    """--evaluate: loss by sigma and bits/dim, of 1,000 test images; denoised.png: y and D."""
     from common import load, save_grid
 
     net.amp = False  # bfloat16 and TF32 are too coarse for a likelihood

@@ -124,7 +124,7 @@ class DMOL:
 
 
 def soft_clamped_normal(parameters):
-    """mu and ln sigma, (B, 2 n, H, W) -> normal of (B, n, H, W), |mu| < 5, .017 < sigma < 7.4.
+    """mu and ln sigma, (B, 2 n, H, W) -> normal of (B, n, H, W), |mu| < 5, .016 < sigma < 7.4.
 
     Otherwise the KL may explode; a clamp by tanh leaves some gradient. NVAE lets sigma reach 148;
     there a rare image made it grow from group to group, so ln sigma is also cut, hard, at 2.
@@ -202,7 +202,7 @@ class NVAE(nn.Module):
     """Encoder and decoder for images (C, H, W), with H and W multiples of 2^len(groups).
 
     Level i = 0, 1 ... has 1 / 2^i of the resolution, width * mults[i] channels (the last of mults
-    repeats) and, from 1 on, groups[i - 1] groups, with `cells` cells before each, in both networks.
+    repeats) and, from 1 on, groups[i - 1] groups, `cells` cells before each (not decoder's first).
     """
 
     def __init__(self, shape, width=64, mults=(1, 2, 2), groups=(12, 8), cells=1, depthwise=False):
@@ -314,7 +314,7 @@ class Spectral(nn.Module):
 
     s_l bounds how much layer l amplifies a change of a patch; where changes grow from layer to
     layer, the KL of an outlier explodes. A convolution counts as a matrix W (C_out, C_in k k).
-    s_l = u^T W v, u along W v, v along W^T u: with u kept, one iteration a step keeps up with W.
+    Power iteration: v = W^T u, u = W v, normalised; with u kept one a step keeps up. s_l = u^T W v.
     """
 
     def __init__(self, net, weight=1e-2):
@@ -402,18 +402,18 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     """One step on uint8 images (B, C, H, W) -> (3,) in bits/dim: -log p(x|z), KL, spectral term."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):  # losses stay float32
         terms = elbo_terms(net, scaled(images))
-    reconstruction, kl = terms[:, 0].mean(), terms[:, 1:]
+    nll = terms[:, 0].mean()
+    kl = terms[:, 1:]
     regulariser = spectral()
-    loss = reconstruction + kl_loss(kl, beta, net.alpha) + regulariser
+    loss = nll + kl_loss(kl, beta, net.alpha) + regulariser
     net.zero_grad()
     loss.backward()
-    # Weight decay: Muon's steps do not shrink, and in long runs weights grew until the KL exploded.
+    # Weight decay: Muon's steps ignore how large gradients are; weights grew until the KL exploded.
     torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.03 * lr)
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
         optimizer.param_groups[0]["lr"] = factor * lr
         optimizer.step()
-    means = torch.stack([reconstruction, kl.sum(1).mean(), regulariser])
-    return bits_per_dim(means.detach(), images)
+    return bits_per_dim(torch.stack([nll, kl.sum(1).mean(), regulariser]).detach(), images)
 
 
 def warmup_cosine(step, total):
@@ -512,7 +512,7 @@ def train(args):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
         for batch in tqdm(data, f"epoch {epoch + 1}", steps, initial=done, disable=None):
-            # Noise depends on (seed, step) alone: a resumed run equals an uninterrupted one.
+            # Noise depends on (seed, step): resumed with the same flags, a run equals a whole one.
             torch.manual_seed(1_000_003 * args.seed + state["step"] + 1)
             lr = args.lr * warmup_cosine(state["step"], total)
             beta = min(1.0, (state["step"] + 1) / max(1, args.kl_warmup * total))
@@ -543,7 +543,7 @@ def save(args, state, parts):
 
 @torch.no_grad()
 def finish_epoch(args, state, ema, test):
-    """Measure the averaged weights, write log.csv and curves.png, draw samples now and then."""
+    """Test the averaged weights, write log.csv and curves.png, draw samples now and then."""
     from matplotlib.figure import Figure
     from common import save_grid
 
@@ -635,7 +635,7 @@ def make_parser():
     add("--seed", type=int, default=0, help="of weights, order of images and noise")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or mps")
     add("--amp", action=switch, default=bf16, help="bfloat16 inside the network")
-    add("--compile", action=switch, default=cuda, help="torch.compile the network")
+    add("--compile", action=switch, default=cuda, help="torch.compile each cell")
     add("--out", default="runs/nvae", type=os.path.expanduser, help="folder of the run")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--time-limit", type=float, default=math.inf, metavar="MINUTES", help="save and end then")
