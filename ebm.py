@@ -31,7 +31,7 @@ lowers the energy of data and raises that of negative samples, Langevin chains i
 (persistent CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
 
 Score matching makes samples good, CD keeps long chains among images (cf. Energy Matching, Balcerak
-et al. 2025, arXiv:2504.10612). In another project copy this file; measure the first constants anew.
+et al. 2025, arXiv:2504.10612). In another project, set SIGMA_DATA and SIGMA_MAX for its images.
 """
 
 import argparse
@@ -504,7 +504,7 @@ def make_parser():
     add = parser.add_argument
     add("--data", default="cifar10", help="cifar10, shapes, a folder of images or an .npz file")
     add("--subset", type=int, default=0, help="train on at most this many images, 0 for all")
-    add("--flip", action=switch, help="mirror half of the training images; None: cifar10's")
+    add("--flip", action=switch, help="mirror half of the images; if not given, cifar10's only")
     add("--epochs", type=int, default=50, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images per step, also in sampling")
     add("--lr", type=float, default=0.02, help="peak learning rate of Muon; Adam has a tenth")

@@ -527,7 +527,7 @@ def make_parser():
     add = parser.add_argument
     add("--data", default="cifar10", help="cifar10, shapes, a folder of images or an .npz file")
     add("--subset", type=int, default=0, help="train on at most this many images, 0 for all")
-    add("--flip", action=switch, help="mirror half of the training images; None: cifar10's")
+    add("--flip", action=switch, help="mirror half of the images; if not given, cifar10's only")
     add("--epochs", type=int, default=50, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images per step, also in sampling")
     add("--lr", type=float, default=0.02, help="peak learning rate of Muon; Adam has a tenth")
