@@ -19,19 +19,22 @@ draw samples by Langevin dynamics, x <- x - h grad E(x) + sqrt(2 h T) z with a s
 1. Denoising score matching (Vincent 2011) is most of training. Let grad E(y) predict the noise:
        dsm = |grad E(y) / sigma - z|^2, times a weight
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
-formula. E can see sigma in y, so one energy serves all noise levels (Li et al. 2019,
-arXiv:1910.07762). At SIGMA_MIN, -grad E / T is the score of data with that noise: near a mode, p is
-their density times a constant. Such data never compare the energies of well-separated modes: for
-two images with probabilities 0.8 and 0.2 the energies differed by 647 T, where T ln 4 is right.
+formula. E can see sigma in y (noise_variance), so one energy serves all noise levels (Li et al.
+2019, arXiv:1910.07762). At SIGMA_MIN, -grad E / T is the score of data with that noise: near a mode
+p is, up to a factor, their density. The factors of separate modes are left open, as no noisy images
+lie in between, nor do the chains of CD cross. Trained on two images, one four times as frequent, E
+differed by 647 T, not T ln 4.
 
-2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: energies may also be
-low where no noisy image has been, and chains find such places. The gradient of -T log p(x) in the
-weights is that of E(x) minus the mean of that of E over p. So descend cd = E(data) - E(samples): it
-lowers the energy of data and raises that of negative samples, Langevin chains in a replay buffer
-(persistent CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
+2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: energies may be low
+where no noisy image was, and long chains go there. The gradient of -T log p(x) in the weights is
+that of E(x) minus the mean of that of E over p. So descend cd = E(data) - E(samples): it lowers the
+energy of data and raises that of negative samples, Langevin chains in a replay buffer (persistent
+CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
 
-Score matching makes samples good, CD keeps long chains among images (cf. Energy Matching, Balcerak
-et al. 2025, arXiv:2504.10612). In another project, set SIGMA_DATA and SIGMA_MAX for its images.
+Score matching makes samples good (dpm_solver), CD keeps long chains among images (cf. Energy
+Matching, Balcerak et al. 2025, arXiv:2504.10612). In another project: copy this file; only its
+command line needs common.py. SIGMA_DATA is to be the root mean square of the pixels, SIGMA_MAX 1.25
+times the side. make_optimizers, training_step, update_ema train EnergyNet((C, H, W)), see train().
 """
 
 import argparse
@@ -49,10 +52,10 @@ from torch.nn import functional as F
 
 SIGMA_DATA = 0.5  # root mean square of the pixels, about
 SIGMA_MIN = 0.03  # four steps of a byte, hardly visible
-SIGMA_MAX = 40.0  # hides even mean colours: that of 32x32 pixels of noise has a std of 40 / 32
+SIGMA_MAX = 40.0  # hides even mean colours: over 32x32 pixels its mean has a std of 40 / 32
 T = SIGMA_MIN**2  # so that chains have as much noise as data with SIGMA_MIN
 
-# --------------------------------------------------------------------------------------- two losses
+# ------------------------------------------------------------------------------ losses and samplers
 
 
 def dequantise(images):
@@ -69,20 +72,16 @@ def quantise(x):
 
 
 def sample_sigma(x):
-    """Random noise levels (B,) for x (B, C, H, W): ln sigma is logistic, wider than EDM's normal.
-
-    At 0.3 to 0.5 the content of an image is decided. Stratified: one of each of B equal intervals.
-    """
+    """Random noise levels (B,) for x (B, ...): ln sigma is logistic (EDM: normal), stratified."""
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
-    return (0.5 * torch.exp(0.8 * torch.logit(u))).clamp(SIGMA_MIN, SIGMA_MAX)
+    return (SIGMA_DATA * torch.exp(0.8 * torch.logit(u))).clamp(SIGMA_MIN, SIGMA_MAX)
 
 
 def dsm_loss(net, x, sigma):
     """Denoising score matching, |grad E(y) / sigma - z|^2 with a weight, of x (B, C, H, W): (B,).
 
-    That is |D - x|^2 (1 / sigma^2 + 1 / SIGMA_DATA^2), as in EDM (Karras et al. 2022,
-    arXiv:2206.00364): all levels count alike. Losses start at 0.75 to 1.25, not at EDM's 1, as the
-    output is not r, but grad E = J^T r with J = dr/dy (see EnergyNet).
+    It is |D - x|^2 (1 / sigma^2 + 1 / SIGMA_DATA^2), EDM's (Karras et al. 2022, arXiv:2206.00364).
+    At all levels it starts at about 1, though grad E is not r, but r times its Jacobian.
     """
     s = sigma.view(-1, 1, 1, 1)
     z = torch.randn_like(x)
@@ -93,33 +92,30 @@ def dsm_loss(net, x, sigma):
 def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
 
-    B of the chains (N, C, H, W), at first training images, take `steps` Langevin steps and go back;
-    a fraction `restart` starts from noise. The hinge leaves samples alone that exceed the data by
-    the margin: they may come from noise. Maximum likelihood has exact samples, and no hinge.
+    B of the N >= 1000 chains, at first training images, take `steps` Langevin steps and go back; a
+    fraction `restart` of the B starts from noise. The hinge ignores samples with E a margin above
+    data's, as that of chains from noise. Maximum likelihood would need exact samples and no hinge.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
     start = torch.where(anew, SIGMA_MAX * torch.randn_like(chains[slots]), chains[slots])
     chains[slots] = langevin(net.grad_E, start, steps)  # back into the replay buffer
-    E_data = nats_per_dim(net, x + SIGMA_MIN * torch.randn_like(x))  # positive phase
+    E_data = nats_per_dim(net, x + SIGMA_MIN * torch.randn_like(x))  # positive phase, noise as in p
     E_samples = nats_per_dim(net, chains[slots])  # negative phase
     return F.relu(margin + E_data.mean() - E_samples).mean()
 
 
 def nats_per_dim(net, y, batch_size=256):
-    """E(y) / (T C H W), (B,), as energies are logged: about 0.5 for data with noise SIGMA_MIN."""
+    """E(y) / (T C H W), (B,): about 0.5 for data with noise SIGMA_MIN, as E is |noise|^2 / 2."""
     return torch.cat([net(part) for part in y.split(batch_size)]) / (T * y[0].numel())
-
-
-# ---------------------------------------------------------------------------------------- samplers
 
 
 @torch.no_grad()
 def langevin(grad_E, y, steps, h=0.1, temperature=T):
     """Langevin dynamics for p, from y (B, C, H, W).
 
-    Noise of variance 2 h T is right for small h. h (2 - h) T is right for any h near an image a,
-    where E is |y - a|^2 / 2: there (1 - h)^2 v + h (2 - h) T leaves the variance v = T unchanged.
+    Noise of variance 2 h T is right for small h. Near an image a, where E is |y - a|^2 / 2,
+    h (2 - h) T is right for any h: (1 - h)^2 v + h (2 - h) T leaves the variance v = T unchanged.
     """
     noise_std = math.sqrt(h * (2 - h) * temperature)
     for _ in range(steps):
@@ -133,9 +129,9 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
 
     It solves the probability flow ODE dy/dsigma = (y - D(y)) / sigma, along which y has density
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
-    y <- (t/s) y + (1 - t/s) D would be exact. D changes, so its trend in ln sigma is continued:
+    y <- (t/s) y + (1 - t/s) D would be exact. D changes; D', extrapolated in ln sigma, replaces it:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    Langevin steps then bring y to p within its mode, and D(y) takes the noise away.
+    The ODE chooses the mode. Langevin steps bring y to p within it, D(y) takes p's noise away.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -156,7 +152,7 @@ def noise_variance(y):
     """An estimate of sigma^2, (B, 1, 1, 1), from noisy images y (B, C, H, W).
 
     Differences along both axes, d = y[i,j] - y[i,j+1] - y[i+1,j] + y[i+1,j+1], cancel most of an
-    image. Noise leaves a variance of 4 sigma^2, to which texture adds (CIFAR-10's as sigma = 0.07).
+    image. Noise leaves a variance of 4 sigma^2, plus texture (CIFAR-10's is like sigma = 0.07).
     """
     d = y.diff(dim=2).diff(dim=3)
     return d.square().mean((1, 2, 3), keepdim=True) / 4 + 1e-4  # above 0: its root has a gradient
@@ -175,14 +171,14 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = self.conv2(F.silu(self.conv1(F.silu(x))))
-        return (self.skip(x) + h) / math.sqrt(2)  # keeps the variance if both have it
+        return (self.skip(x) + h) / math.sqrt(2)  # of variance 1, if both have it
 
 
 class EnergyNet(nn.Module):
     """E(y) = |r(y)|^2 / 2, with r(y) shaped like y, an estimate of its noise (Salimans & Ho 2021).
 
     So E looks like half the squared distance to an image, and is never below 0. Preconditioning is
-    EDM's: if r is to be the noise, a U-Net F has inputs and targets of mean square about 1:
+    EDM's: for r to be the noise, the U-Net F has inputs and targets of mean square about 1:
         r = y - (c_skip y + c_out F(c_in y))
     y has mean square sigma^2 + SIGMA_DATA^2, with sigma estimated from y: hence c_in. c_skip y is
     the multiple of y nearest to x; its error has mean square c_out^2. F has `blocks` blocks of
@@ -195,7 +191,7 @@ class EnergyNet(nn.Module):
         self.blocks = blocks
         self.amp = amp  # bfloat16 in the blocks
         widths = [width * mult for mult in mults for _ in range(blocks)]  # of the blocks
-        c = widths[0]  # channels of h in unet()
+        c = width * mults[0]  # channels of h in unet()
         self.stem = nn.Conv2d(shape[0], c, 3, padding=1)
         self.down = nn.ModuleList()
         for block_width in widths:
@@ -238,7 +234,7 @@ class EnergyNet(nn.Module):
         return r.square().sum((1, 2, 3)) / 2
 
     def grad_E(self, y):
-        """grad E, shaped like y; func.grad compiles, differentiates twice and ignores no_grad."""
+        """grad E, shaped like y, by func.grad: it can be compiled, and works in no_grad."""
         return torch.func.grad(lambda y: self(y).sum())(y)
 
 
@@ -259,15 +255,15 @@ def orthogonalise(x, iterations=5):
     for _ in range(iterations):
         p = 3.4445 * identity - 4.7750 * xxt + 2.0315 * xxt @ xxt
         product = p @ product
-        xxt = p @ xxt @ p  # of the next x, without forming it
+        xxt = p @ xxt @ p  # of the next x, which is p @ x
     return product @ x
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the weight matrices inside a network.
 
-    A gradient is large in few singular directions, the update equally in all (K. Jordan et al.
-    2024, kellerjordan.github.io/posts/muon). A convolution counts as a matrix (C_out, C_in k k).
+    Few singular values of a gradient are large; those of its update are all about 1 (K. Jordan et
+    al. 2024, kellerjordan.github.io/posts/muon). A convolution is a matrix (C_out, C_in k k) here.
     """
 
     def __init__(self, weights, lr, momentum=0.95):
@@ -291,7 +287,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(net, lr=0.02):
-    """Muon for the weight matrices inside the blocks, Adam at lr / 10 for all other weights."""
+    """Muon for matrices inside the blocks, Adam without momentum at lr / 10 for other weights."""
     blocks = nn.ModuleList([net.down, net.middle, net.up])
     hidden = [weight for weight in blocks.parameters() if weight.dim() > 1]
     rest = [weight for weight in net.parameters() if all(weight is not w for w in hidden)]
@@ -306,7 +302,7 @@ def training_step(net, optimizers, images, lr, chains=None, cd_weight=0.1):
     loss.backward()
     if chains is not None:
         (cd_weight * cd_loss(net, x, chains)).backward()  # adds its gradients
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # or a rare outlier would fill the momentum
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # or rare outliers dominate the momentum
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
         optimizer.param_groups[0]["lr"] = factor * lr
         optimizer.step()
@@ -314,7 +310,7 @@ def training_step(net, optimizers, images, lr, chains=None, cd_weight=0.1):
 
 
 def warmup_cosine(step, total):
-    """Factor of the learning rate: warm-up over 5 % of the steps (at most 500), cosine to 0."""
+    """Share of the peak learning rate: warm-up over 5 % of the steps (at most 500), cosine to 0."""
     warmup = min(500, max(1, total // 20))
     return min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
 
@@ -327,7 +323,7 @@ def update_ema(ema, net, step):
 
 
 def enter_phase(args, state, total, ema, images):
-    """(steps since the phase began, learning rate, chains): the last --cd-share is with CD."""
+    """(steps in this phase, learning rate, chains): CD, the second, has --cd-share of the run."""
     step = state["step"]
     cd_start = total - int(args.cd_share * total)
     if step < cd_start:
@@ -351,7 +347,11 @@ def can_compile(device):
 
 
 def train(args):
-    """Train from scratch or, with --resume, from the last save on; args as from parse()."""
+    """Train from scratch or, with --resume, from the last save on; args as from parse().
+
+    On disk is the last save, at most ten minutes old: Ctrl-C and a kill write nothing, NaN is never
+    saved. Noise and order depend on (seed, step): on a CPU, resumed runs equal uninterrupted ones.
+    """
     from tqdm import tqdm
     from common import batches, load
 
@@ -378,12 +378,11 @@ def train(args):
         print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
-    save_at = min(end, state["seconds"] + 600)  # stopping at any moment loses ten minutes at most
+    save_at = min(end, state["seconds"] + 600)
     for epoch in range(len(state["rows"]), args.epochs):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
         for batch in tqdm(data, f"epoch {epoch + 1}", steps, initial=done, disable=None):
-            # Noise depends on (seed, step): resumed with the same flags, a run equals a whole one.
             torch.manual_seed(1_000_003 * args.seed + state["step"] + 1)
             step, lr, chains = enter_phase(args, state, total, ema, images)
             state["losses"].append(training_step(net, (muon, adam), batch, lr, chains))
@@ -401,10 +400,10 @@ def train(args):
 
 
 def save(args, state, parts):
-    """Write checkpoint.pt beside the old one and replace it: a kill leaves one of them whole."""
+    """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole, old or new."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
         sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
-    flags = {flag: value for flag, value in vars(args).items() if flag not in [*HERE, "checkpoint"]}
+    flags = {f: value for f, value in vars(args).items() if f not in [*NOT_SAVED, "checkpoint"]}
     path = Path(args.out, "checkpoint.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
     torch.save({**state, **states, "args": flags}, path.with_suffix(".tmp"))
@@ -413,19 +412,18 @@ def save(args, state, parts):
 
 @torch.no_grad()
 def finish_epoch(args, state, ema, test):
-    """Test the averaged weights, write log.csv and curves.png, draw samples now and then."""
+    """Test the EMA of the weights, write log.csv and curves.png, draw samples now and then."""
     from matplotlib.figure import Figure
     from common import save_grid
 
     torch.manual_seed(0)  # the same noise each time, so that epochs compare
-    parts = [dequantise(images) for images in test[:1000].split(args.batch_size)]
-    losses = [dsm_loss(ema, x, sample_sigma(x)) for x in parts]
+    x = dequantise(test[:1000])
+    losses = [dsm_loss(ema, part, sample_sigma(part)) for part in x.split(args.batch_size)]
     row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
     row["train loss"] = torch.stack(state["losses"]).mean().item()
     row["test loss"] = torch.cat(losses).mean().item()
-    y = torch.cat(parts) + SIGMA_MIN * torch.randn_like(torch.cat(parts))
-    row["E data"] = nats_per_dim(ema, y).mean().item()
-    cd = state["cd"]  # chains from noise have huge energies: hence a median below
+    row["E data"] = nats_per_dim(ema, x + SIGMA_MIN * torch.randn_like(x)).mean().item()
+    cd = state["cd"]  # chains from noise have huge energies: hence the median
     row["E samples"] = nats_per_dim(ema, cd["chains"]).median().item() if cd else None
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None))
     rows = [*state["rows"], row]
@@ -438,7 +436,7 @@ def finish_epoch(args, state, ema, test):
             axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
         axes.legend()
         axes.figure.savefig(Path(args.out, "curves.png"))
-    except Exception as error:  # a program holds the file, LaTeX is missing
+    except Exception as error:  # such as a file that another program holds
         print(f"log.csv or curves.png is not written: {error!r}")
     if len(rows) % args.sample_every == 0 or len(rows) == args.epochs:
         save_grid(sample(args, ema, 64), Path(args.out, f"samples_{len(rows):04d}.png"))
@@ -479,7 +477,7 @@ def evaluate(args, nets):
     z = torch.randn_like(x)
     chains = [torch.cat([dpm_solver(net.grad_E, z), x]) for net in nets]
     rows = []
-    for steps in 0, 1, 2, 7, 20, 70, 200:  # more, 300 in all
+    for steps in 0, 1, 2, 7, 20, 70, 200:  # added, 300 in all
         for i, net in enumerate(nets):
             chains[i] = langevin(net.grad_E, chains[i], steps)
             rows.append(quantise(chains[i] - net.grad_E(chains[i])))
@@ -490,7 +488,7 @@ def evaluate(args, nets):
 
 SIZE = ["width", "mults", "blocks"]  # arguments of EnergyNet
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
-HERE = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
+NOT_SAVED = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
 SMALL = {"width": 16, "mults": [1, 2, 4, 6], "blocks": 1, "batch_size": 16, "subset": 10000}
 SMALL["epochs"] = 16
 
@@ -531,13 +529,14 @@ def make_parser():
 def parse(argv=None):
     """The flags; those not given are as in the checkpoint in --out, or as --small wants."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # for --out and --small, which decide the defaults
     parser.set_defaults(**(SMALL if args.small else {}))
     path = Path(args.out, "checkpoint.pt")
     if args.resume or args.generate or args.evaluate:
         if not path.exists():
             sys.exit(f"no {path}: train first, or name the folder of a run with --out")
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        assert checkpoint["args"].keys() <= vars(args).keys(), f"{path} is of another script"
         parser.set_defaults(checkpoint=checkpoint, **checkpoint["args"])
     elif path.exists():
         sys.exit(f"{path} exists: go on with --resume, or name another folder with --out")

@@ -6,11 +6,10 @@
     python ncsn.py --evaluate                            loss by noise level, bits/dim
 
 The score of a density p is grad_x log p(x), the direction in which p grows fastest. It is enough to
-draw samples: Langevin dynamics takes small steps along the score and adds a little noise. But
-images fill so little of pixel space that nearly everywhere there are no data to learn it from. Song
-& Ermon (2019, arXiv:1907.05600; 2020, arXiv:2006.09011) add Gaussian noise of many levels sigma,
-learn the scores of all the noisy densities with one network, conditioned on sigma, and follow them
-while sigma falls from very large to very small.
+draw samples: Langevin dynamics takes small steps along the score and adds a little noise. But in
+most of pixel space there are no images to learn it from. Song & Ermon (2019, arXiv:1907.05600;
+2020, arXiv:2006.09011) add Gaussian noise of many levels sigma, learn the scores of all the noisy
+densities with one network, conditioned on sigma, and follow them while sigma falls to nearly 0.
 
     x, z   clean images, (B, C, H, W), pixels in [-1, 1]; standard normal noise, shaped like x
     sigma  noise level, the standard deviation of the noise: a number, or (B,)
@@ -25,8 +24,10 @@ by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | 
 
 From NCSN are the idea, the largest noise level and the Langevin sampler. From EDM (Karras et al.
 2022, arXiv:2206.00364) are the preconditioning, a continuous sigma (here with heavier tails) and
-the U-Net (here without attention). Samples are drawn by DPM-Solver++, Muon and Adam train.
-In another project, copy this file: Denoiser(**measure(images)) fits uint8 images (N, C, H, W).
+the U-Net (here without attention). DPM-Solver++ draws samples, Muon and Adam train.
+In another project: copy this file, change nothing; only its command line needs common.py. For uint8
+images (N, C, H, W), Denoiser(**measure(images)) is the model; make_optimizers, training_step and
+update_ema train it as in train(); quantise(dpm_solver(ema.score, z, ema.sigma_max)) draws.
 """
 
 import argparse
@@ -58,17 +59,16 @@ def quantise(x):
     return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 
 
-SIGMA_MIN = 2 / 256 / math.sqrt(12)  # std of the noise in dequantise(), 0.0023 (NCSN has 0.02)
+SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s own noise (NCSN: 0.02)
 
 
 def measure(images):
     """The arguments of Denoiser that depend on the uint8 images (N, C, H, W).
 
-    sigma_data is the root mean square of the pixels. sigma_max is the largest distance between two
-    images (2020, technique 1), or of one from 0: in that much noise images can hardly be told
-    apart, so sampling may start from noise alone. To save time it looks at under 10,000 images.
+    sigma_data: root mean square of the pixels. sigma_max: largest distance between two images
+    (2020, technique 1), or of one from 0. So much noise hides images: sampling starts from it.
     """
-    x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # they may be sorted by class
+    x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # fewer than 10,000 of all
     sigma_data = x.square().mean().sqrt().item()
     sigma_max = max(torch.cdist(x, x).max(), x.norm(dim=1).max()).item()
     return {"shape": list(images.shape[1:]), "sigma_data": sigma_data, "sigma_max": sigma_max}
@@ -77,11 +77,10 @@ def measure(images):
 class Denoiser(nn.Module):
     """D(y, sigma), and the score that follows from it; **unet are arguments of UNet.
 
-    The scales of y and of the error of c_skip y, below, vary 200-fold with sigma. In EDM's
-    preconditioning a network F has inputs and targets of mean square 1 at every sigma:
+    F is a network. By EDM's preconditioning its inputs and targets have mean square 1 at any sigma:
         D(y, sigma) = c_skip y + c_out F(c_in y, ln sigma)
     y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the multiple of y nearest to
-    x. Its error, x - c_skip y, has mean square c_out^2, and is c_out times the target of F.
+    x, so least is left to learn: the target of F is (x - c_skip y) / c_out, of mean square 1.
     """
 
     def __init__(self, shape, sigma_data, sigma_max, amp=False, **unet):
@@ -89,7 +88,7 @@ class Denoiser(nn.Module):
         self.shape = shape  # (C, H, W)
         self.sigma_data = sigma_data
         self.sigma_max = sigma_max
-        self.amp = amp  # F in bfloat16
+        self.amp = amp  # bfloat16 in F alone, as the score divides errors of D by sigma^2
         self.unet = UNet(shape[0], **unet).to(memory_format=torch.channels_last)
 
     def forward(self, y, sigma):
@@ -100,7 +99,6 @@ class Denoiser(nn.Module):
         c_skip = self.sigma_data**2 / mean_square
         c_out = s * self.sigma_data / mean_square.sqrt()
         c_in = 1 / mean_square.sqrt()
-        # bfloat16 in F only: the score divides D - y by sigma^2, and would enlarge its rounding.
         with torch.autocast(y.device.type, torch.bfloat16, enabled=self.amp):
             f = self.unet(c_in * y, sigma.log()).to(y.dtype)
         return c_skip * y + c_out * f
@@ -114,8 +112,8 @@ class Denoiser(nn.Module):
 def sample_sigma(net, x):
     """Random noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
 
-    Around the median, 0.6 sigma_data, the content of a CIFAR-10 image is decided: smaller noise
-    hides texture, larger leaves mean colours. Stratified: one draw from each of B equal intervals.
+    The median is 0.6 sigma_data: less noise hides only texture, more leaves only mean colours. It
+    goes from SIGMA_MIN to sigma_max, see measure(). Stratified: one u in each of B intervals.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))
@@ -125,8 +123,7 @@ def sample_sigma(net, x):
 def denoising_loss(net, x, sigma):
     """|D(x + sigma z, sigma) - x|^2 / c_out^2, the mean over pixels, (B,), for x (B, C, H, W).
 
-    Divided by c_out^2 it is the squared error of F on targets of mean square 1. So every noise
-    level counts alike, and each starts at a loss of 1, as F starts at 0.
+    This is the squared error of F. F starts at 0, so the loss starts at 1 at every noise level.
     """
     y = x + sigma.view(-1, 1, 1, 1) * torch.randn_like(x)
     weight = 1 / sigma**2 + 1 / net.sigma_data**2  # = 1 / c_out^2
@@ -134,8 +131,7 @@ def denoising_loss(net, x, sigma):
 
 
 # ----------------------------------------------------------------------------------------- samplers
-# Each goes from y = sigma_max z, (B, C, H, W), down to D(y, SIGMA_MIN). score(y, sigma) may be any
-# function: one that stores y shows the path, one that adds grad_y log p(label | y) draws a class.
+# Each goes from sigma_max z, (B, C, H, W), down to D(y, SIGMA_MIN). score may be any function.
 
 
 @torch.no_grad()
@@ -145,11 +141,10 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
     The ODE is dy/dsigma = -sigma score(y, sigma) = (y - D) / sigma. If y has density p_sigma at the
     start, its density is p_sigma at every smaller sigma, too (Song et al. 2021, arXiv:2011.13456).
     Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D would be exact (this is DDIM; DDPM
-    is y <- (t/s)^2 y + (1 - (t/s)^2) D + t sqrt(1 - (t/s)^2) noise). D changes, so it is continued
-    to mid-step from the last two levels, linearly in ln sigma:
+    is y <- (t/s)^2 y + (1 - (t/s)^2) D + t sqrt(1 - (t/s)^2) noise). D changes, so in its place is
+    D', extrapolated to mid-step from the last two levels, linearly in ln sigma:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    `count` levels take as many calls of score. The error falls as 1 / count^2: with 12, Gaussians
-    of std 0.1 to 3 come out 10 to 14 % too wide.
+    Calls: `count`. The error falls as 1 / count^2. At 12 a Gaussian's std is 10 to 14 % too large.
     """
     ends = sigma_max ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -167,14 +162,14 @@ def langevin(score, z, sigma_max):
     """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
 
     Levels (2020, technique 2): in dim = C H W dimensions |sigma z| is nearly N(sqrt(dim) sigma,
-    sigma^2 / 2), a thin shell. The mean radius of a level is 3 standard deviations below that of
-    the level above, so that half of its noise falls in the upper shell. Their ratio is
+    sigma^2 / 2), a thin shell, 3 standard deviations to each side. The mean radius of a level is
+    where the shell above ends, so half of its noise falls into that. The ratio of two levels is
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise: its variance is h (2 - h) sigma^2, for small h the papers' 2 h sigma^2. Where y is mostly
     noise, score = -y / sigma^2: a step turns variance v into (1 - h)^2 v + h (2 - h) sigma^2, and
-    v = sigma^2 stays. Steps: as levels fall all variances lag behind, too large by a share of
-    ln(gamma) / (n h). Where images exceed the noise, a step leaves them too small by h / 2. The two
-    cancel for h = sqrt(2 ln(gamma) / n), with n such that h is about 0.2 (CIFAR-10: n = 2).
+    v = sigma^2 stays. Steps: as sigma falls all variances lag, too large by a fraction of
+    ln(gamma) / (n h). Where images exceed noise, a step leaves them too small by h / 2. There the
+    two cancel for h = sqrt(2 ln(gamma) / n), with n such that h is about 0.2 (CIFAR-10: n = 2).
     """
     root = math.sqrt(2 * z[0].numel())
     ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any gamma does
@@ -190,10 +185,10 @@ def langevin(score, z, sigma_max):
 
 
 def ideal_score(images):
-    """The exact score (sigma a number) of uint8 images (N, C, H, W) and noise: a perfect one.
+    """The exact score (sigma a number) of uint8 images (N, C, H, W): the best a network can learn.
 
     E[x | y] is their mean with the weights softmax(-|y - x_i|^2 / (2 sigma^2)). Its samples are
-    copies of them: a network draws new images because it does not get there.
+    copies of them: a network draws new images because it falls short of this.
     """
     x = ((images + 0.5) / 128 - 1).flatten(1)
 
@@ -225,14 +220,14 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))  # adaptive group norm
-        return (self.skip(x) + h) / math.sqrt(2)  # keeps the variance if both have it
+        return (self.skip(x) + h) / math.sqrt(2)  # of variance 1, if both have it
 
 
 class UNet(nn.Module):
     """The network F inside the denoiser: x (B, C, H, W) and ln sigma (B,) -> like x.
 
     At resolution i (0 is full, 1 is half) are `blocks` blocks of width * mults[i] channels on the
-    way down, and again on the way up. H and W must be multiples of 2^(len(mults) - 1), width of 2.
+    way down, and again on the way up. H and W must be multiples of 2^(len(mults) - 1), width even.
     """
 
     def __init__(self, channels=3, width=128, mults=(1, 2, 2), blocks=3):
@@ -243,7 +238,7 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(width, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.blocks = blocks
         widths = [width * mult for mult in mults for _ in range(blocks)]  # of the blocks
-        c = widths[0]  # channels of h in forward()
+        c = width * mults[0]  # channels of h in forward()
         self.stem = nn.Conv2d(channels, c, 3, padding=1)
         self.down = nn.ModuleList()
         for w in widths:
@@ -293,15 +288,15 @@ def orthogonalise(x, iterations=5):
     for _ in range(iterations):
         p = 3.4445 * identity - 4.7750 * xxt + 2.0315 * xxt @ xxt
         product = p @ product
-        xxt = p @ xxt @ p  # of the next x, without forming it
+        xxt = p @ xxt @ p  # of the next x, which is p @ x
     return product @ x
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the weight matrices inside a network.
 
-    A gradient is large in few singular directions, the update equally in all (K. Jordan et al.
-    2024, kellerjordan.github.io/posts/muon). A convolution counts as a matrix (C_out, C_in k k).
+    Few singular values of a gradient are large; those of its update are all about 1 (K. Jordan et
+    al. 2024, kellerjordan.github.io/posts/muon). A convolution is a matrix (C_out, C_in k k) here.
     """
 
     def __init__(self, weights, lr, momentum=0.95):
@@ -338,7 +333,7 @@ def training_step(net, optimizers, images, lr):
     loss = denoising_loss(net, x, sample_sigma(net, x)).mean()
     net.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # or a rare outlier would fill the momentum
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # or rare outliers dominate the momentum
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
         optimizer.param_groups[0]["lr"] = factor * lr
         optimizer.step()
@@ -346,7 +341,7 @@ def training_step(net, optimizers, images, lr):
 
 
 def warmup_cosine(step, total):
-    """Factor of the learning rate: warm-up over 5 % of the steps (at most 500), cosine to 0."""
+    """Share of the peak learning rate: warm-up over 5 % of the steps (at most 500), cosine to 0."""
     warmup = min(500, max(1, total // 20))
     return min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
 
@@ -369,7 +364,11 @@ def can_compile(device):
 
 
 def train(args):
-    """Train from scratch or, with --resume, from the last save on; args as from parse()."""
+    """Train from scratch or, with --resume, from the last save on; args as from parse().
+
+    On disk is the last save, at most ten minutes old: Ctrl-C and a kill write nothing, NaN is never
+    saved. Noise and order depend on (seed, step): on a CPU, resumed runs equal uninterrupted ones.
+    """
     from tqdm import tqdm
     from common import batches, load
 
@@ -396,12 +395,11 @@ def train(args):
         print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
-    save_at = min(end, state["seconds"] + 600)  # stopping at any moment loses ten minutes at most
+    save_at = min(end, state["seconds"] + 600)
     for epoch in range(len(state["rows"]), args.epochs):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
         for batch in tqdm(data, f"epoch {epoch + 1}", steps, initial=done, disable=None):
-            # Noise depends on (seed, step): resumed with the same flags, a run equals a whole one.
             torch.manual_seed(1_000_003 * args.seed + state["step"] + 1)
             lr = args.lr * warmup_cosine(state["step"], total)
             state["losses"].append(training_step(net, (muon, adam), batch, lr))
@@ -419,10 +417,10 @@ def train(args):
 
 
 def save(args, state, parts):
-    """Write checkpoint.pt beside the old one and replace it: a kill leaves one of them whole."""
+    """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole, old or new."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
         sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
-    flags = {flag: value for flag, value in vars(args).items() if flag not in [*HERE, "checkpoint"]}
+    flags = {f: value for f, value in vars(args).items() if f not in [*NOT_SAVED, "checkpoint"]}
     path = Path(args.out, "checkpoint.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
     torch.save({**state, **states, "args": flags}, path.with_suffix(".tmp"))
@@ -431,7 +429,7 @@ def save(args, state, parts):
 
 @torch.no_grad()
 def finish_epoch(args, state, ema, test):
-    """Test the averaged weights, write log.csv and curves.png, draw samples now and then."""
+    """Test the EMA of the weights, write log.csv and curves.png, draw samples now and then."""
     from matplotlib.figure import Figure
     from common import save_grid
 
@@ -452,7 +450,7 @@ def finish_epoch(args, state, ema, test):
             axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
         axes.legend()
         axes.figure.savefig(Path(args.out, "curves.png"))
-    except Exception as error:  # a program holds the file, LaTeX is missing
+    except Exception as error:  # such as a file that another program holds
         print(f"log.csv or curves.png is not written: {error!r}")
     if len(rows) % args.sample_every == 0 or len(rows) == args.epochs:
         save_grid(sample(args, ema, 64), Path(args.out, f"samples_{len(rows):04d}.png"))
@@ -474,8 +472,8 @@ def sample(args, net, count):
 def bits_per_dim(x, sigmas, errors):
     """Upper bound of -log2 P(bytes), (N,) in bits per dimension, of dequantised x (N, C, H, W).
 
-    errors (N, L) are mean((D - x)^2) at the noise levels sigmas (L,), from s up to S. Minus the
-    ELBO with latent variable x + s z (Kingma et al. 2021, arXiv:2107.00630) is, in nats:
+    errors (N, L) are mean((D - x)^2) at the noise levels sigmas (L,), from s up to S. The bound is
+    -ELBO with noisy images as latent variables (Kingma et al. 2021, arXiv:2107.00630), in nats:
         ln(2 pi e s^2) / 2 + mean(x^2) / (2 S^2) + integral of mean((D - x)^2) / sigma^2 d ln sigma
     reconstruction (entropy of s z), prior (KL of x + S z from S z), and KLs of all steps between.
     """
@@ -513,7 +511,7 @@ def evaluate(args, net):
 
 SIZE = ["width", "mults", "blocks"]  # arguments of UNet
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
-HERE = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
+NOT_SAVED = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
 SMALL = {"width": 16, "mults": [1, 2, 4, 6], "blocks": 1, "batch_size": 24, "subset": 24000}
 SMALL["epochs"] = 20
 
@@ -553,13 +551,14 @@ def make_parser():
 def parse(argv=None):
     """The flags; those not given are as in the checkpoint in --out, or as --small wants."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # for --out and --small, which decide the defaults
     parser.set_defaults(**(SMALL if args.small else {}))
     path = Path(args.out, "checkpoint.pt")
     if args.resume or args.generate or args.evaluate:
         if not path.exists():
             sys.exit(f"no {path}: train first, or name the folder of a run with --out")
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        assert checkpoint["args"].keys() <= vars(args).keys(), f"{path} is of another script"
         parser.set_defaults(checkpoint=checkpoint, **checkpoint["args"])
     elif path.exists():
         sys.exit(f"{path} exists: go on with --resume, or name another folder with --out")

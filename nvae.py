@@ -23,14 +23,16 @@ coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on tho
                     v                                          ^
      8x8          cells ------------ feature 1 ------> group 1: h = a learned constant, add z_1
 
-In training, z_i is drawn from q, which sees h and the feature; for samples from p, which sees h.
+Training draws z_i from q, given h and the feature; sampling draws it from p, given h alone.
     loss = -log p(x|z) + beta sum_i gamma_i KL_i + lambda sum_l s_l        in nats per image
-beta rises to 1 over 5 % of the run (KL annealing, --kl-warmup), gamma_i balances the groups
-(kl_loss), s_l is the largest singular value of convolution l (Spectral). Logs are in bits/dim.
+beta rises to 1 over 5 % of the run (KL annealing, --kl-warmup), until then gamma_i balances groups
+(kl_loss). s_l is the largest singular value of convolution l (Spectral). Logs are in bits/dim.
 
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
 no BatchNorm, weight normalisation or flow. Residual branches are scaled by 0.3, not 0.1. Decoder
-cells are dense, but see --depthwise. One power iteration a step, not 4. Muon and Adam, not Adamax.
+cells are dense, but see --depthwise. The optimisers are Muon with weight decay and Adam.
+In another project: copy this file, change nothing; only its command line needs common.py. Spectral,
+make_optimizers, training_step, update_ema train NVAE((C, H, W)), as in train().
 """
 
 import argparse
@@ -120,14 +122,13 @@ class DMOL:
         return quantise(torch.stack(colours, dim=1).take_along_dim(component, dim=2)[:, :, 0])
 
 
-# -------------------------------------------------------------------- groups: p(z_i) and q(z_i | x)
+# ------------------------------------------------ groups: p(z_i) and q(z_i | x); network and losses
 
 
 def soft_clamped_normal(parameters):
     """mu and ln sigma, (B, 2 n, H, W) -> normal of (B, n, H, W), |mu| < 5, .016 < sigma < 7.4.
 
-    Otherwise the KL may explode; a clamp by tanh leaves some gradient. NVAE lets sigma reach 148;
-    there a rare image made it grow from group to group, so ln sigma is also cut, hard, at 2.
+    Without bounds the KL may explode. With NVAE's tanh alone (sigma < 148) it did on rare images.
     """
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return Normal(mu, log_sigma.clamp(max=2).exp() + 0.01, validate_args=False)
@@ -168,8 +169,7 @@ class Cell(nn.Module):
     """Residual cell, skip(x) + 0.3 gate body(x): (B, c_in, H, W) -> (B, c_out, H', W').
 
     resample: "down" halves H and W, "up" doubles them. The body is NVAE's figure 3b; with expansion
-    figure 3a, a depthwise convolution on so many times the channels. The gate (squeeze and
-    excitation) scales a channel by a number in (0, 1) that depends on the means of all.
+    figure 3a, depthwise, on expansion * c_in channels. Gate: squeeze and excitation, (0, 1).
     """
 
     def __init__(self, c_in, c_out, resample=None, expansion=0):
@@ -202,7 +202,7 @@ class NVAE(nn.Module):
     """Encoder and decoder for images (C, H, W), with H and W multiples of 2^len(groups).
 
     Level i = 0, 1 ... has 1 / 2^i of the resolution, width * mults[i] channels (the last of mults
-    repeats) and, from 1 on, groups[i - 1] groups, `cells` cells before each (not decoder's first).
+    repeats) and, if i > 0, groups[i - 1] groups, each but the decoder's first after `cells` cells.
     """
 
     def __init__(self, shape, width=64, mults=(1, 2, 2), groups=(12, 8), cells=1, depthwise=False):
@@ -217,8 +217,8 @@ class NVAE(nn.Module):
                 stage += [Cell(widths[level], widths[level]) for _ in range(cells)]
                 self.encoder.append(nn.Sequential(*stage))
                 stage = []
-        coarsest = [side // 2 ** len(groups) for side in shape[1:]]
-        self.start = nn.Parameter(torch.randn(1, widths[-1], *coarsest))
+        H, W = (side // 2 ** len(groups) for side in shape[1:])
+        self.start = nn.Parameter(torch.randn(1, widths[-1], H, W))
         self.groups = nn.ModuleList()  # from coarse to fine
         alpha = []  # for kl_loss, of each group: pixels at its level / number of groups there
         stage = []
@@ -264,16 +264,13 @@ class NVAE(nn.Module):
         return DMOL(self.head(self.tail(h)).float(), self.stem.in_channels)
 
 
-# ------------------------------------------------------------------------------------------- losses
-
-
 def bits_per_dim(nats, images):
     """Nats per image -> bits per dimension, for images (N, C, H, W) of C H W dimensions."""
     return nats / (images[0].numel() * math.log(2))
 
 
 def elbo_terms(net, x):
-    """-log p(x|z), distortion, and KL of each group, rate, (B, 1 + G) in nats: the sum is -ELBO."""
+    """(B, 1 + G) in nats: -log p(x|z), then the KL of each group. Their sum estimates -ELBO."""
     likelihood, draws = net.decode(net.encode(x))
     # KL(q || p) = log(sigma_p / sigma_q) + (sigma_q^2 + (mu_q - mu_p)^2) / (2 sigma_p^2) - 1/2
     kl = [kl_divergence(q, p).sum((1, 2, 3)) for _, q, p in draws]
@@ -284,8 +281,8 @@ def elbo_terms(net, x):
 def iw_bound(net, x, K):
     """Importance-weighted bound of log p(x), (B,) in nats (Burda et al. 2016, arXiv:1509.00519).
 
-    log p(x) >= E[log 1/K sum_k w_k], w_k = p(x|z_k) p(z_k) / q(z_k|x), with K draws z_k from q.
-    K = 1 estimates the ELBO; with K the bound rises towards log p(x).
+    log p(x) >= E[log 1/K sum_k w_k], w_k = p(x|z) p(z) / q(z|x) for the k-th of K draws z from q.
+    K = 1 estimates the ELBO; with K the bound rises, towards log p(x).
     """
     features = net.encode(x)
     log_w = []
@@ -299,9 +296,9 @@ def iw_bound(net, x, K):
 def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G): KL balancing.
 
-    Early on, a group may collapse: q = p, z says nothing. So while beta < 1, gamma_i is in
-    proportion to KL_i / alpha_i, with mean 1 and no gradient (appendix A): a nat costs less in
-    groups that use few. alpha_i: pixels at the level / its groups.
+    Early on, groups may collapse: q = p, z says nothing. A beta below 1 makes all KL cheap. Until
+    beta is 1, gamma_i makes it cheapest where there is little: gamma_i ~ KL_i / alpha_i, with mean
+    1 and no gradient (appendix A). alpha_i: pixels at the level / its groups.
     """
     beta = torch.as_tensor(beta, device=kl.device)
     gamma = (kl.detach().mean(0) + 0.01) / alpha
@@ -313,8 +310,8 @@ class Spectral(nn.Module):
     """lambda times the sum of s_l, the largest singular values of all convolutions (section 3.2).
 
     s_l bounds how much layer l amplifies a change of a patch; where changes grow from layer to
-    layer, the KL of an outlier explodes. A convolution counts as a matrix W (C_out, C_in k k).
-    Power iteration: v = W^T u, u = W v, normalised; with u kept one a step keeps up. s_l = u^T W v.
+    layer, the KL of an outlier explodes. A convolution is a matrix W (C_out, C_in k k) here.
+    Power iteration, one a step from the last u: v = W^T u, u = W v, normalised; s_l = u^T W v.
     """
 
     def __init__(self, net, weight=1e-2):
@@ -359,15 +356,15 @@ def orthogonalise(x, iterations=5):
     for _ in range(iterations):
         p = 3.4445 * identity - 4.7750 * xxt + 2.0315 * xxt @ xxt
         product = p @ product
-        xxt = p @ xxt @ p  # of the next x, without forming it
+        xxt = p @ xxt @ p  # of the next x, which is p @ x
     return product @ x
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the weight matrices inside a network.
 
-    A gradient is large in few singular directions, the update equally in all (K. Jordan et al.
-    2024, kellerjordan.github.io/posts/muon). A convolution counts as a matrix (C_out, C_in k k).
+    Few singular values of a gradient are large; those of its update are all about 1 (K. Jordan et
+    al. 2024, kellerjordan.github.io/posts/muon). A convolution is a matrix (C_out, C_in k k) here.
     """
 
     def __init__(self, weights, lr, momentum=0.95):
@@ -408,7 +405,7 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     loss = nll + kl_loss(kl, beta, net.alpha) + regulariser
     net.zero_grad()
     loss.backward()
-    # Weight decay: Muon's steps ignore how large gradients are; weights grew until the KL exploded.
+    # Muon's steps do not shrink with the gradient: without decay weights grew, and the KL exploded.
     torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.03 * lr)
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
         optimizer.param_groups[0]["lr"] = factor * lr
@@ -417,7 +414,7 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
 
 
 def warmup_cosine(step, total):
-    """Factor of the learning rate: warm-up over 5 % of the steps (at most 500), cosine to 0."""
+    """Share of the peak learning rate: warm-up over 5 % of the steps (at most 500), cosine to 0."""
     warmup = min(500, max(1, total // 20))
     return min((step + 1) / warmup, (1 + math.cos(math.pi * step / total)) / 2)
 
@@ -440,10 +437,10 @@ def can_compile(device):
 
 
 class RecordedStep:
-    """step(batch, *numbers) on CUDA: the fourth call is recorded as a graph, later ones replay it.
+    """step(batch, *numbers) on CUDA: the fourth call is captured as a CUDA graph, then replayed.
 
-    A step is a thousand small kernels, which take the CPU longer to launch than the GPU to run. A
-    CUDA graph is launched as a whole, on the same memory: each call overwrites the last results.
+    A step is a thousand small kernels, slower to launch than to run. A graph launches all at once,
+    on the same memory: each call overwrites the last results.
     """
 
     def __init__(self, step):
@@ -473,7 +470,11 @@ class RecordedStep:
 
 
 def train(args):
-    """Train from scratch or, with --resume, from the last save on; args as from parse()."""
+    """Train from scratch or, with --resume, from the last save on; args as from parse().
+
+    On disk is the last save, at most ten minutes old: Ctrl-C and a kill write nothing, NaN is never
+    saved. Noise and order depend on (seed, step): on a CPU, resumed runs equal uninterrupted ones.
+    """
     from tqdm import tqdm
     from common import batches, load
 
@@ -507,12 +508,11 @@ def train(args):
         print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
-    save_at = min(end, state["seconds"] + 600)  # stopping at any moment loses ten minutes at most
+    save_at = min(end, state["seconds"] + 600)
     for epoch in range(len(state["rows"]), args.epochs):
         done = state["step"] - epoch * steps
         data = batches(images, args.batch_size, args.seed, epoch, done, flip)
         for batch in tqdm(data, f"epoch {epoch + 1}", steps, initial=done, disable=None):
-            # Noise depends on (seed, step): resumed with the same flags, a run equals a whole one.
             torch.manual_seed(1_000_003 * args.seed + state["step"] + 1)
             lr = args.lr * warmup_cosine(state["step"], total)
             beta = min(1.0, (state["step"] + 1) / max(1, args.kl_warmup * total))
@@ -531,10 +531,10 @@ def train(args):
 
 
 def save(args, state, parts):
-    """Write checkpoint.pt beside the old one and replace it: a kill leaves one of them whole."""
+    """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole, old or new."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
         sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
-    flags = {flag: value for flag, value in vars(args).items() if flag not in [*HERE, "checkpoint"]}
+    flags = {f: value for f, value in vars(args).items() if f not in [*NOT_SAVED, "checkpoint"]}
     path = Path(args.out, "checkpoint.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
     torch.save({**state, **states, "args": flags}, path.with_suffix(".tmp"))
@@ -543,17 +543,16 @@ def save(args, state, parts):
 
 @torch.no_grad()
 def finish_epoch(args, state, ema, test):
-    """Test the averaged weights, write log.csv and curves.png, draw samples now and then."""
+    """Test the EMA of the weights, write log.csv and curves.png, draw samples now and then."""
     from matplotlib.figure import Figure
     from common import save_grid
 
     torch.manual_seed(0)  # the same noise each time, so that epochs compare
     parts = [elbo_terms(ema, scaled(x)).sum(1) for x in test[:1000].split(args.batch_size)]
     test_loss = bits_per_dim(torch.cat(parts), test).mean().item()
-    reconstruction, kl, regulariser = torch.stack(state["losses"]).mean(0).tolist()
-    row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
-    row |= {"train loss": reconstruction + kl, "test loss": test_loss}
-    row |= {"reconstruction": reconstruction, "kl": kl, "regulariser": regulariser}
+    nll, kl, regulariser = torch.stack(state["losses"]).mean(0).tolist()
+    row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"], "train loss": nll + kl}
+    row |= {"test loss": test_loss, "reconstruction": nll, "kl": kl, "regulariser": regulariser}
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     rows = [*state["rows"], row]
     state.update(rows=rows, losses=[])
@@ -565,7 +564,7 @@ def finish_epoch(args, state, ema, test):
             axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
         axes.legend()
         axes.figure.savefig(Path(args.out, "curves.png"))
-    except Exception as error:  # a program holds the file, LaTeX is missing
+    except Exception as error:  # such as a file that another program holds
         print(f"log.csv or curves.png is not written: {error!r}")
     if len(rows) % args.sample_every == 0 or len(rows) == args.epochs:
         save_grid(sample(args, ema, 64), Path(args.out, f"samples_{len(rows):04d}.png"))
@@ -581,7 +580,7 @@ def sample(args, net, count, shared=0):
 
 @torch.no_grad()
 def evaluate(args, net):
-    """--evaluate: bits/dim of test images, reconstructions.png and hierarchy.png."""
+    """--evaluate: -ELBO, minus the importance-weighted bound, which is lower, and two pictures."""
     from common import load, save_grid
 
     torch.backends.cudnn.allow_tf32 = False  # too coarse for a likelihood
@@ -608,7 +607,7 @@ def evaluate(args, net):
 
 SIZE = ["width", "mults", "groups", "cells", "depthwise"]  # arguments of NVAE
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
-HERE = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
+NOT_SAVED = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
 SMALL = {"width": 16, "groups": [3, 2, 1], "batch_size": 8, "epochs": 8, "subset": 15000}
 
 
@@ -642,8 +641,8 @@ def make_parser():
     add("--sample-every", type=int, default=5, metavar="EPOCHS", help="draw samples that often")
     add("--generate", type=int, metavar="N", help="draw N samples as PNG files, do not train")
     add("--evaluate", action="store_true", help="measure bits/dim, do not train")
-    add("--temperature", type=float, default=1.0, help="of p(z); below 1 less varied samples")
-    add("--pixel-temperature", type=float, default=0.5, help="below 1: smoother, not p(x|z) itself")
+    add("--temperature", type=float, default=1.0, help="of p(z); exact draws have 1 in both")
+    add("--pixel-temperature", type=float, default=0.5, help="of p(x|z), smoother below 1")
     add("--iw-samples", type=int, default=20, metavar="K", help="of the importance-weighted bound")
     parser.set_defaults(checkpoint=None)
     return parser
@@ -652,13 +651,14 @@ def make_parser():
 def parse(argv=None):
     """The flags; those not given are as in the checkpoint in --out, or as --small wants."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # for --out and --small, which decide the defaults
     parser.set_defaults(**(SMALL if args.small else {}))
     path = Path(args.out, "checkpoint.pt")
     if args.resume or args.generate or args.evaluate:
         if not path.exists():
             sys.exit(f"no {path}: train first, or name the folder of a run with --out")
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        assert checkpoint["args"].keys() <= vars(args).keys(), f"{path} is of another script"
         parser.set_defaults(checkpoint=checkpoint, **checkpoint["args"])
     elif path.exists():
         sys.exit(f"{path} exists: go on with --resume, or name another folder with --out")
