@@ -34,7 +34,8 @@ CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
 Score matching makes samples good (dpm_solver), CD keeps long chains among images (cf. Energy
 Matching, Balcerak et al. 2025, arXiv:2504.10612). In another project: copy this file; only its
 command line needs common.py. SIGMA_DATA is to be the root mean square of the pixels, SIGMA_MAX 1.25
-times the side. make_optimizers, training_step, update_ema train EnergyNet((C, H, W)), see train().
+times the side. Then net = EnergyNet((C, H, W)), ema = copy.deepcopy(net), optimizers =
+make_optimizers(net); each step: training_step(net, optimizers, uint8_images, lr), update_ema.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def dsm_loss(net, x, sigma):
     """Denoising score matching, |grad E(y) / sigma - z|^2 with a weight, of x (B, C, H, W): (B,).
 
     It is |D - x|^2 (1 / sigma^2 + 1 / SIGMA_DATA^2), EDM's (Karras et al. 2022, arXiv:2206.00364).
-    At all levels it starts at about 1, though grad E is not r, but r times its Jacobian.
+    At all levels it starts at about 1, though grad E is not r (see EnergyNet), but (dr/dy)^T r.
     """
     s = sigma.view(-1, 1, 1, 1)
     z = torch.randn_like(x)
@@ -92,17 +93,17 @@ def dsm_loss(net, x, sigma):
 def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
 
-    B of the N >= 1000 chains, at first training images, take `steps` Langevin steps and go back; a
-    fraction `restart` of the B starts from noise. The hinge ignores samples with E a margin above
-    data's, as that of chains from noise. Maximum likelihood would need exact samples and no hinge.
+    Of the chains (N, C, H, W), at first dequantised training images, B take `steps` Langevin steps
+    and go back; a fraction `restart` starts from noise. N = 8 B makes them long soon. The hinge
+    ignores energies a margin above data's. Maximum likelihood would have exact samples, no hinge.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
     start = torch.where(anew, SIGMA_MAX * torch.randn_like(chains[slots]), chains[slots])
-    chains[slots] = langevin(net.grad_E, start, steps)  # back into the replay buffer
+    chains[slots] = langevin(net.grad_E, start, steps)  # back into the buffer, without a gradient
     E_data = nats_per_dim(net, x + SIGMA_MIN * torch.randn_like(x))  # positive phase, noise as in p
     E_samples = nats_per_dim(net, chains[slots])  # negative phase
-    return F.relu(margin + E_data.mean() - E_samples).mean()
+    return F.relu(margin + E_data.mean() - E_samples).mean()  # cd + margin, where above 0
 
 
 def nats_per_dim(net, y, batch_size=256):
@@ -178,10 +179,10 @@ class EnergyNet(nn.Module):
     """E(y) = |r(y)|^2 / 2, with r(y) shaped like y, an estimate of its noise (Salimans & Ho 2021).
 
     So E looks like half the squared distance to an image, and is never below 0. Preconditioning is
-    EDM's: for r to be the noise, the U-Net F has inputs and targets of mean square about 1:
-        r = y - (c_skip y + c_out F(c_in y))
+    EDM's: for r to be the noise, the U-Net has inputs and targets of mean square about 1:
+        r = y - (c_skip y + c_out unet(c_in y))
     y has mean square sigma^2 + SIGMA_DATA^2, with sigma estimated from y: hence c_in. c_skip y is
-    the multiple of y nearest to x; its error has mean square c_out^2. F has `blocks` blocks of
+    the multiple of y nearest to x; its error has mean square c_out^2. There are `blocks` blocks of
     width * mults[i] channels at resolution i, down and up; H, W: multiples of 2^(len(mults) - 1).
     """
 
@@ -203,11 +204,11 @@ class EnergyNet(nn.Module):
             self.up.append(Block(c + block_width, block_width))
             c = block_width
         self.out = nn.Conv2d(c, shape[0], 3, padding=1, bias=False)
-        nn.init.zeros_(self.out.weight)  # F starts at 0
+        nn.init.zeros_(self.out.weight)  # so unet() starts at 0
         self.to(memory_format=torch.channels_last)
 
     def unet(self, x):
-        """F: (B, C, H, W) -> the same shape."""
+        """The network, (B, C, H, W) -> the same shape."""
         h = self.stem(x)  # in float32: bfloat16 is coarse beside noise of SIGMA_MIN
         skips = []
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
@@ -234,11 +235,26 @@ class EnergyNet(nn.Module):
         return r.square().sum((1, 2, 3)) / 2
 
     def grad_E(self, y):
-        """grad E, shaped like y, by func.grad: it can be compiled, and works in no_grad."""
+        """grad E, shaped like y, compiled or in no_grad, too; dsm_loss differentiates it again."""
         return torch.func.grad(lambda y: self(y).sum())(y)
 
 
 # ---------------------------------------------------------------------------------------- training
+
+
+def training_step(net, optimizers, images, lr, chains=None, cd_weight=0.1):
+    """One step on uint8 images (B, C, H, W), with CD if there are chains. Returns dsm, ()."""
+    x = dequantise(images)
+    loss = dsm_loss(net, x, sample_sigma(x)).mean()
+    net.zero_grad()
+    loss.backward()
+    if chains is not None:
+        (cd_weight * cd_loss(net, x, chains)).backward()  # adds its gradients
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # or rare outliers dominate the momentum
+    for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
+        optimizer.param_groups[0]["lr"] = factor * lr
+        optimizer.step()
+    return loss.detach()
 
 
 def orthogonalise(x, iterations=5):
@@ -294,21 +310,6 @@ def make_optimizers(net, lr=0.02):
     return Muon(hidden, lr), torch.optim.Adam(rest, lr / 10, betas=(0.0, 0.999), fused=True)
 
 
-def training_step(net, optimizers, images, lr, chains=None, cd_weight=0.1):
-    """One step on uint8 images (B, C, H, W), with CD if there are chains. Returns dsm, ()."""
-    x = dequantise(images)
-    loss = dsm_loss(net, x, sample_sigma(x)).mean()
-    net.zero_grad()
-    loss.backward()
-    if chains is not None:
-        (cd_weight * cd_loss(net, x, chains)).backward()  # adds its gradients
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # or rare outliers dominate the momentum
-    for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
-        optimizer.param_groups[0]["lr"] = factor * lr
-        optimizer.step()
-    return loss.detach()
-
-
 def warmup_cosine(step, total):
     """Share of the peak learning rate: warm-up over 5 % of the steps (at most 500), cosine to 0."""
     warmup = min(500, max(1, total // 20))
@@ -330,7 +331,7 @@ def enter_phase(args, state, total, ema, images):
         state["cd"] = None  # also after --resume with more --epochs
         return step, args.lr * warmup_cosine(step, cd_start), None
     if not state["cd"]:
-        chains = dequantise(images[torch.randperm(len(images))[: max(1000, args.batch_size)]])
+        chains = dequantise(images[torch.randperm(len(images))[: 8 * args.batch_size]])
         state["cd"] = {"chains": chains, "before": copy.deepcopy(ema.state_dict())}
     lr = 0.2 * args.lr * warmup_cosine(step - cd_start, total - cd_start)  # CD only corrects
     return step - cd_start, lr, state["cd"]["chains"]

@@ -22,12 +22,12 @@ The best D is the posterior mean E[x | y], and by Tweedie's formula it gives the
 Proof: p_sigma(y) = E_x[N(y; x, sigma^2 I)], and grad_y N = N (x - y) / sigma^2. Divide by p_sigma:
 by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | y] / sigma^2.
 
-From NCSN are the idea, the largest noise level and the Langevin sampler. From EDM (Karras et al.
-2022, arXiv:2206.00364) are the preconditioning, a continuous sigma (here with heavier tails) and
-the U-Net (here without attention). DPM-Solver++ draws samples, Muon and Adam train.
-In another project: copy this file, change nothing; only its command line needs common.py. For uint8
-images (N, C, H, W), Denoiser(**measure(images)) is the model; make_optimizers, training_step and
-update_ema train it as in train(); quantise(dpm_solver(ema.score, z, ema.sigma_max)) draws.
+From NCSN are the idea, the largest noise level and the Langevin sampler, from EDM (Karras et al.
+2022, arXiv:2206.00364) the preconditioning, a continuous sigma and the U-Net (without attention).
+In another project copy this file and change nothing; train() and below are for the command line:
+    net = Denoiser(**measure(images)), ema = copy.deepcopy(net), optimizers = make_optimizers(net)
+    step i of n: training_step(net, optimizers, batch, 0.02 * warmup_cosine(i, n)),
+    update_ema(ema, net, i); at the end quantise(dpm_solver(ema.score, z, ema.sigma_max))
 """
 
 import argparse
@@ -77,10 +77,10 @@ def measure(images):
 class Denoiser(nn.Module):
     """D(y, sigma), and the score that follows from it; **unet are arguments of UNet.
 
-    F is a network. By EDM's preconditioning its inputs and targets have mean square 1 at any sigma:
-        D(y, sigma) = c_skip y + c_out F(c_in y, ln sigma)
+    By EDM's preconditioning inputs and targets of unet, a network, have mean square 1 at any sigma:
+        D(y, sigma) = c_skip y + c_out unet(c_in y, ln sigma)
     y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the multiple of y nearest to
-    x, so least is left to learn: the target of F is (x - c_skip y) / c_out, of mean square 1.
+    x, so least is left to learn: unet's target is (x - c_skip y) / c_out, of mean square 1.
     """
 
     def __init__(self, shape, sigma_data, sigma_max, amp=False, **unet):
@@ -88,7 +88,7 @@ class Denoiser(nn.Module):
         self.shape = shape  # (C, H, W)
         self.sigma_data = sigma_data
         self.sigma_max = sigma_max
-        self.amp = amp  # bfloat16 in F alone, as the score divides errors of D by sigma^2
+        self.amp = amp  # bfloat16 in unet alone, as the score divides errors of D by sigma^2
         self.unet = UNet(shape[0], **unet).to(memory_format=torch.channels_last)
 
     def forward(self, y, sigma):
@@ -123,7 +123,7 @@ def sample_sigma(net, x):
 def denoising_loss(net, x, sigma):
     """|D(x + sigma z, sigma) - x|^2 / c_out^2, the mean over pixels, (B,), for x (B, C, H, W).
 
-    This is the squared error of F. F starts at 0, so the loss starts at 1 at every noise level.
+    This is the squared error of unet, which starts at 0: the loss starts at 1 at every noise level.
     """
     y = x + sigma.view(-1, 1, 1, 1) * torch.randn_like(x)
     weight = 1 / sigma**2 + 1 / net.sigma_data**2  # = 1 / c_out^2
@@ -131,7 +131,7 @@ def denoising_loss(net, x, sigma):
 
 
 # ----------------------------------------------------------------------------------------- samplers
-# Each goes from sigma_max z, (B, C, H, W), down to D(y, SIGMA_MIN). score may be any function.
+# Each goes from sigma_max z, (B, C, H, W), to D(y, SIGMA_MIN). score(y, number) is any function.
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
     y = D_before = sigma_max * z
     for s_before, s, t in zip([math.inf, *levels], levels, levels[1:], strict=False):
         D = y + s**2 * score(y, s)
-        r = math.log(s_before / s) / math.log(s / t)  # infinite at first: D' = D
+        r = math.log(s_before / s) / math.log(s / t)  # infinite at first: D' = D, a DDIM step
         y = (t / s) * y + (1 - t / s) * (D + (D - D_before) / (2 * r))
         D_before = D
     return y + SIGMA_MIN**2 * score(y, SIGMA_MIN)
@@ -168,7 +168,7 @@ def langevin(score, z, sigma_max):
     Noise: its variance is h (2 - h) sigma^2, for small h the papers' 2 h sigma^2. Where y is mostly
     noise, score = -y / sigma^2: a step turns variance v into (1 - h)^2 v + h (2 - h) sigma^2, and
     v = sigma^2 stays. Steps: as sigma falls all variances lag, too large by a fraction of
-    ln(gamma) / (n h). Where images exceed noise, a step leaves them too small by h / 2. There the
+    ln(gamma) / (n h). Where images exceed noise, variances settle too low by h / 2. There the
     two cancel for h = sqrt(2 ln(gamma) / n), with n such that h is about 0.2 (CIFAR-10: n = 2).
     """
     root = math.sqrt(2 * z[0].numel())
@@ -224,7 +224,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network F inside the denoiser: x (B, C, H, W) and ln sigma (B,) -> like x.
+    """The network inside the denoiser: x (B, C, H, W) and ln sigma (B,) -> like x.
 
     At resolution i (0 is full, 1 is half) are `blocks` blocks of width * mults[i] channels on the
     way down, and again on the way up. H and W must be multiples of 2^(len(mults) - 1), width even.
@@ -251,7 +251,7 @@ class UNet(nn.Module):
             c = w
         self.norm = nn.GroupNorm(1, c)
         self.out = nn.Conv2d(c, channels, 3, padding=1, bias=False)
-        nn.init.zeros_(self.out.weight)  # F starts at 0
+        nn.init.zeros_(self.out.weight)  # so the output starts at 0
 
     def forward(self, x, ln_sigma):
         angles = ln_sigma[:, None] * self.frequencies
@@ -272,6 +272,19 @@ class UNet(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------- training
+
+
+def training_step(net, optimizers, images, lr):
+    """One step on uint8 images (B, C, H, W) with learning rate lr. Returns the loss, ()."""
+    x = dequantise(images)
+    loss = denoising_loss(net, x, sample_sigma(net, x)).mean()
+    net.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # or rare outliers dominate the momentum
+    for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
+        optimizer.param_groups[0]["lr"] = factor * lr
+        optimizer.step()
+    return loss.detach()
 
 
 def orthogonalise(x, iterations=5):
@@ -325,19 +338,6 @@ def make_optimizers(net, lr=0.02):
     hidden = [weight for weight in blocks.parameters() if weight.dim() > 1]
     rest = [weight for weight in net.parameters() if all(weight is not w for w in hidden)]
     return Muon(hidden, lr), torch.optim.Adam(rest, lr / 10, fused=True)
-
-
-def training_step(net, optimizers, images, lr):
-    """One step on uint8 images (B, C, H, W) with learning rate lr. Returns the loss, ()."""
-    x = dequantise(images)
-    loss = denoising_loss(net, x, sample_sigma(net, x)).mean()
-    net.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # or rare outliers dominate the momentum
-    for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
-        optimizer.param_groups[0]["lr"] = factor * lr
-        optimizer.step()
-    return loss.detach()
 
 
 def warmup_cosine(step, total):

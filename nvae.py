@@ -141,9 +141,9 @@ class Group(nn.Module):
         super().__init__()
         self.cells = nn.Sequential(*cells)
         self.prior = nn.Sequential(nn.ELU(), nn.Conv2d(channels, 2 * LATENTS, 1))
-        self.combine = nn.Conv2d(channels, channels, 1)
-        self.posterior = nn.Conv2d(channels, 2 * LATENTS, 3, padding=1)
-        self.merge = nn.Conv2d(LATENTS, channels, 1)
+        self.combine = nn.Conv2d(channels, channels, 1)  # of h, then added to the feature
+        self.posterior = nn.Conv2d(channels, 2 * LATENTS, 3, padding=1)  # of q relative to p
+        self.merge = nn.Conv2d(LATENTS, channels, 1)  # of z, then added to h
         for weight in [*self.prior.parameters(), *self.posterior.parameters()]:
             nn.init.zeros_(weight)  # at first p = N(0, 1), nearly, and q = p
 
@@ -181,7 +181,7 @@ class Cell(nn.Module):
         layers += [nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1)]
         if expansion > 0:
             layers = [nn.Conv2d(c_in, wide, 1), nn.SiLU(), up]
-            layers += [nn.Conv2d(wide, wide, 5, padding=2, groups=wide), nn.SiLU()]
+            layers += [nn.Conv2d(wide, wide, 5, stride, padding=2, groups=wide), nn.SiLU()]
             layers.append(nn.Conv2d(wide, c_out, 1))
         self.body = nn.Sequential(*layers)
         self.skip = nn.Identity()
@@ -216,12 +216,12 @@ class NVAE(nn.Module):
             for _ in range(count):
                 stage += [Cell(widths[level], widths[level]) for _ in range(cells)]
                 self.encoder.append(nn.Sequential(*stage))
-                stage = []
+                stage = []  # of the next group
         H, W = (side // 2 ** len(groups) for side in shape[1:])
         self.start = nn.Parameter(torch.randn(1, widths[-1], H, W))
         self.groups = nn.ModuleList()  # from coarse to fine
         alpha = []  # for kl_loss, of each group: pixels at its level / number of groups there
-        stage = []
+        stage = []  # the cells before the next group; after the last group, those of the tail
         for level in range(len(groups), 0, -1):
             c = widths[level]
             for _ in range(groups[level - 1]):
@@ -342,6 +342,24 @@ class Spectral(nn.Module):
 # ----------------------------------------------------------------------------------------- training
 
 
+def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
+    """One step on uint8 images (B, C, H, W) -> (3,) in bits/dim: -log p(x|z), KL, spectral term."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):  # losses stay float32
+        terms = elbo_terms(net, scaled(images))
+    nll = terms[:, 0].mean()
+    kl = terms[:, 1:]
+    regulariser = spectral()
+    loss = nll + kl_loss(kl, beta, net.alpha) + regulariser
+    net.zero_grad()
+    loss.backward()
+    # Muon's steps do not shrink with the gradient: without decay weights grew, and the KL exploded.
+    torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.03 * lr)
+    for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
+        optimizer.param_groups[0]["lr"] = factor * lr
+        optimizer.step()
+    return bits_per_dim(torch.stack([nll, kl.sum(1).mean(), regulariser]).detach(), images)
+
+
 def orthogonalise(x, iterations=5):
     """U V^T, nearly, of matrices x = U S V^T (N, rows, columns): singular values become about 1.
 
@@ -393,24 +411,6 @@ def make_optimizers(net, lr=0.02):
     hidden = [x.weight for x in inside if isinstance(x, nn.Conv2d) and x.groups == 1]
     rest = [weight for weight in net.parameters() if all(weight is not w for w in hidden)]
     return Muon(hidden, lr), torch.optim.Adam(rest, lr / 10, fused=True)
-
-
-def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
-    """One step on uint8 images (B, C, H, W) -> (3,) in bits/dim: -log p(x|z), KL, spectral term."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):  # losses stay float32
-        terms = elbo_terms(net, scaled(images))
-    nll = terms[:, 0].mean()
-    kl = terms[:, 1:]
-    regulariser = spectral()
-    loss = nll + kl_loss(kl, beta, net.alpha) + regulariser
-    net.zero_grad()
-    loss.backward()
-    # Muon's steps do not shrink with the gradient: without decay weights grew, and the KL exploded.
-    torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.03 * lr)
-    for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
-        optimizer.param_groups[0]["lr"] = factor * lr
-        optimizer.step()
-    return bits_per_dim(torch.stack([nll, kl.sum(1).mean(), regulariser]).detach(), images)
 
 
 def warmup_cosine(step, total):

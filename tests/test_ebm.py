@@ -355,7 +355,7 @@ def test_without_chains_there_is_score_matching_alone():
 
 
 def test_the_phases_of_a_run():
-    args = SimpleNamespace(cd_share=0.25, lr=1.0, batch_size=4)
+    args = SimpleNamespace(cd_share=0.25, lr=1.0, batch_size=128)
     net = network()
     images = random_bytes(1100, 3, 8, 8)
     images[:, 0, 0, 0] = torch.arange(1100) // 5  # sorted by class, as folders are
@@ -368,7 +368,7 @@ def test_the_phases_of_a_run():
     assert enter(59) == (59, ebm.warmup_cosine(59, 60), None)
     step, lr, chains = enter(60)
     assert (step, lr) == (0, 0.2 * ebm.warmup_cosine(0, 20))
-    assert len(chains) == len(chains.unique(dim=0)) == 1000
+    assert len(chains) == len(chains.unique(dim=0)) == 8 * 128
     assert ebm.quantise(chains[:, 0, 0, 0]).unique().tolist() == list(range(220))
     before = run["cd"]["before"]
     assert same(before, net.state_dict())
