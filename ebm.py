@@ -421,7 +421,7 @@ def finish_epoch(args, state, ema, test):
     x = dequantise(test[:1000])
     losses = [dsm_loss(ema, part, sample_sigma(part)) for part in x.split(args.batch_size)]
     row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
-    row["train loss"] = torch.stack(state["losses"]).mean().item()
+    row["train loss"] = torch.stack(state["losses"]).median().item()  # a rare one is huge
     row["test loss"] = torch.cat(losses).mean().item()
     row["E data"] = nats_per_dim(ema, x + SIGMA_MIN * torch.randn_like(x)).mean().item()
     cd = state["cd"]  # chains from noise have huge energies: hence the median
