@@ -94,7 +94,7 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
 
     Of the chains (N, C, H, W), at first dequantised training images, B take `steps` Langevin steps
-    and go back; a fraction `restart` starts from noise. N = 8 B makes them long soon. The hinge
+    and go back; a fraction `restart` starts from noise. With N = 8 B chains get old soon. The hinge
     ignores energies a margin above data's. Maximum likelihood would have exact samples, no hinge.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]

@@ -112,8 +112,8 @@ class Denoiser(nn.Module):
 def sample_sigma(net, x):
     """Random noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
 
-    The median is 0.6 sigma_data: less noise hides only texture, more leaves only mean colours. It
-    goes from SIGMA_MIN to sigma_max, see measure(). Stratified: one u in each of B intervals.
+    The median is 0.6 sigma_data: less noise hides only texture, more leaves only mean colours.
+    Ends: SIGMA_MIN and sigma_max, see measure(). Stratified: one u in each of B equal intervals.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))

@@ -31,8 +31,8 @@ beta rises to 1 over 5 % of the run (KL annealing, --kl-warmup), until then gamm
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
 no BatchNorm, weight normalisation or flow. Residual branches are scaled by 0.3, not 0.1. Decoder
 cells are dense, but see --depthwise. The optimisers are Muon with weight decay and Adam.
-In another project: copy this file, change nothing; only its command line needs common.py. Spectral,
-make_optimizers, training_step, update_ema train NVAE((C, H, W)), as in train().
+In another project: copy this file, change nothing. net = NVAE((C, H, W)), spectral = Spectral(net),
+optimizers = make_optimizers(net); each step: training_step(net, spectral, optimizers, images, lr).
 """
 
 import argparse
@@ -169,7 +169,7 @@ class Cell(nn.Module):
     """Residual cell, skip(x) + 0.3 gate body(x): (B, c_in, H, W) -> (B, c_out, H', W').
 
     resample: "down" halves H and W, "up" doubles them. The body is NVAE's figure 3b; with expansion
-    figure 3a, depthwise, on expansion * c_in channels. Gate: squeeze and excitation, (0, 1).
+    figure 3a, depthwise, on expansion * c_in channels. The gate is squeeze and excitation.
     """
 
     def __init__(self, c_in, c_out, resample=None, expansion=0):
