@@ -337,7 +337,8 @@ def make_optimizers(net, lr=0.02):
     blocks = nn.ModuleList([net.unet.down, net.unet.middle, net.unet.up])
     hidden = [weight for weight in blocks.parameters() if weight.dim() > 1]
     rest = [weight for weight in net.parameters() if all(weight is not w for w in hidden)]
-    return Muon(hidden, lr), torch.optim.Adam(rest, lr / 10, fused=True)
+    adam = torch.optim.Adam(rest, lr / 10, betas=(0.9, 0.98), fused=True)  # 0.999 learned slower
+    return Muon(hidden, lr, momentum=0.9), adam
 
 
 def warmup_cosine(step, total):
