@@ -50,7 +50,7 @@ from torch import nn
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn import functional as F
 
-MIXTURES = 10  # components of p(x|z)
+MIXTURES = 5  # components of p(x|z); NVAE has 10
 LATENTS = 20  # channels of each z_i
 
 # ------------------------------------------------------------------------------------------- p(x|z)
@@ -353,7 +353,7 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     net.zero_grad()
     loss.backward()
     # Muon's steps do not shrink with the gradient: without decay weights grew, and the KL exploded.
-    torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.03 * lr)
+    torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.01 * lr)
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
         optimizer.param_groups[0]["lr"] = factor * lr
         optimizer.step()
@@ -608,7 +608,7 @@ def evaluate(args, net):
 SIZE = ["width", "mults", "groups", "cells", "depthwise"]  # arguments of NVAE
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
 NOT_SAVED = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
-SMALL = {"width": 16, "groups": [3, 2, 1], "batch_size": 8, "epochs": 8, "subset": 15000}
+SMALL = {"width": 24, "groups": [3, 2, 1], "batch_size": 8, "epochs": 8, "subset": 15000}
 
 
 def make_parser():

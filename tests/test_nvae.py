@@ -275,7 +275,7 @@ def test_shapes_and_sizes_of_groups(groups):
     net = network(groups=groups, mults=(1, 2, 3), cells=2)
     features = net.encode(nvae.scaled(images(2)))
     likelihood, draws = net.decode(features)
-    assert likelihood.means.shape == net.generate(2).means.shape == (2, 3, 10, 16, 16)
+    assert likelihood.means.shape == net.generate(2).means.shape == (2, 3, nvae.MIXTURES, 16, 16)
     levels = [level for level in range(len(groups), 0, -1) for _ in range(groups[level - 1])]
     for level, feature, (z, _, _), alpha in zip(levels, features, draws, net.alpha, strict=True):
         size = 16 // 2**level
@@ -412,7 +412,7 @@ def test_a_training_step_descends_the_loss_and_reports_its_terms(beta):
     torch.manual_seed(0)
     terms = nvae.training_step(net, spectral, optimizers, x, 1e-4, beta)
     assert optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4)
-    assert 1 - idle.item() == pytest.approx(0.03 * 1e-4, rel=0.05)  # weight decay
+    assert 1 - idle.item() == pytest.approx(0.01 * 1e-4, rel=0.05)  # weight decay
     torch.manual_seed(0)
     due = nvae.elbo_terms(net_before, nvae.scaled(x))
     regulariser = spectral_before()
