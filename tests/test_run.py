@@ -318,7 +318,7 @@ def test_ctrl_c_ends_in_one_line(run, data):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
     while not Path("runs", run.name, "log.csv").exists():
         time.sleep(0.1)
-    for _ in range(2):  # Python drops an interrupt that arrives in a destructor
+    for _ in range(2):  # Python drops an interrupt that arrives in a weakref callback
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             error = process.communicate(timeout=30)[1].decode()
