@@ -443,16 +443,13 @@ def finish_epoch(args, state, ema, test):
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     rows = [*state["rows"], row]
     state.update(rows=rows, losses=[])
-    try:
-        with open(Path(args.out, "log.csv"), "w", newline="") as file:
-            csv.writer(file).writerows([list(row), *(each.values() for each in rows)])
-        axes = Figure().add_subplot(xlabel="epoch")
-        for name in "train loss", "test loss":
-            axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
-        axes.legend()
-        axes.figure.savefig(Path(args.out, "curves.png"))
-    except Exception as error:  # such as a file that another program holds
-        print(f"log.csv or curves.png is not written: {error!r}")
+    with open(Path(args.out, "log.csv"), "w", newline="") as file:
+        csv.writer(file).writerows([list(row), *(each.values() for each in rows)])
+    axes = Figure().add_subplot(xlabel="epoch")
+    for name in "train loss", "test loss":
+        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
+    axes.legend()
+    axes.figure.savefig(Path(args.out, "curves.png"))
     if len(rows) % args.sample_every == 0 or len(rows) == args.epochs:
         save_grid(sample(args, ema, 64), Path(args.out, f"samples_{len(rows):04d}.png"))
 
@@ -567,7 +564,6 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    assert os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE: one process, not torchrun"
     if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
         sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
     return args

@@ -1,6 +1,5 @@
 """Runs of the three scripts: files, resuming, time limits, kills, the command line, CUDA graphs."""
 
-import concurrent.futures
 import contextlib
 import csv
 import importlib
@@ -294,19 +293,6 @@ def test_a_run_without_an_epoch_left_says_so_and_changes_nothing(run, whole, tra
     assert differences(load(whole), load("r")) == []
 
 
-def test_a_plot_that_cannot_be_written_ends_nothing(run, whole, monkeypatch, capsys):
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", mock.Mock(side_effect=OSError("held")))
-    run.train("--epochs 2 --out r")
-    assert capsys.readouterr().out.count("curves.png is not written: OSError('held')") == 2
-    assert differences(log(whole), log("r")) == []
-
-
-def test_training_works_in_a_thread(run, whole):
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        pool.submit(run.train, "--epochs 2 --out r").result()
-    assert differences(load(whole), load("r")) == []
-
-
 def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore them
 
@@ -390,12 +376,6 @@ def test_a_checkpoint_of_another_script_is_refused(run, trained):
     other = importlib.import_module({"ncsn": "nvae", "nvae": "ebm", "ebm": "ncsn"}[run.name])
     with pytest.raises(AssertionError, match="is of another script"):
         other.main(["--generate", "3", "--out", "r"])
-
-
-def test_several_processes_are_refused(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(AssertionError, match="torchrun"):
-        run.train("--out r")
 
 
 def test_fewer_images_than_a_batch_are_refused(run):
