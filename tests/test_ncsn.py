@@ -177,7 +177,7 @@ def test_inputs_and_targets_of_the_network_have_mean_square_one(sigma):
     assert seen["ln_sigma"].tolist() == pytest.approx([math.log(sigma)] * 500, rel=1e-5)
 
 
-def test_score_is_tweedies_formula_for_numbers_and_batches_of_sigma():
+def test_score_is_tweedies_formula_and_sigma_may_be_a_number_or_a_batch():
     net = network()
     y = randn(2, 3, 8, 8)
     D = net(y, torch.tensor([0.3, 0.3]))
@@ -278,6 +278,15 @@ def test_langevin_gives_gaussians_their_std_at_any_size(shape, s):
     x = ncsn.langevin(GaussianNet(s, mean=0.4).score, z, 60.0)
     assert x.mean().item() == pytest.approx(0.4, abs=0.02 * s)
     assert x.std().item() == pytest.approx(s, rel=0.016)
+
+
+@pytest.mark.parametrize("guidance", [0, 1, 1.8])
+def test_autoguidance_extrapolates_scores_of_gaussians(guidance):
+    early, late = GaussianNet(2.0), GaussianNet(0.5)
+    y = randn(5, 3, 4, 4)
+    precision = guidance / (0.5**2 + 0.7**2) + (1 - guidance) / (2.0**2 + 0.7**2)
+    score = ncsn.autoguided(late.score, early.score, guidance)
+    assert torch.allclose(score(y, 0.7), -precision * y, atol=1e-5)
 
 
 def test_ideal_score_is_that_of_the_mixture_of_training_images():

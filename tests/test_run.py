@@ -1,6 +1,7 @@
 """Runs of the three scripts: files, resuming, time limits, kills, the command line, CUDA graphs."""
 
 import contextlib
+import copy
 import csv
 import importlib
 import math
@@ -121,6 +122,23 @@ def differences(a, b, path=""):
 
 
 # ------------------------------------------------------------------------------------ files, uses
+
+
+def test_guidance_0_draws_from_the_weights_after_a_tenth_of_the_steps(data, monkeypatch):
+    run, ncsn, weights = Run("ncsn", data), importlib.import_module("ncsn"), []
+    original = ncsn.update_ema
+
+    def update_ema(ema, net, step):
+        original(ema, net, step)
+        weights.append(copy.deepcopy(ema.state_dict()))
+
+    monkeypatch.setattr(ncsn, "update_ema", update_ema)
+    run.train("--epochs 7 --out r")  # 21 steps
+    run("--generate 3 --guidance 0 --out r")
+    guided = files("r/generated")
+    torch.save({**load("r"), "ema": weights[1]}, "r/checkpoint.pt")
+    run("--generate 3 --out r")
+    assert files("r/generated") == guided
 
 
 def test_training_writes_its_files(run, trained):
