@@ -17,13 +17,13 @@ draw samples by Langevin dynamics, x <- x - h grad E(x) + sqrt(2 h T) z with a s
     D      the denoiser, D(y) = y - grad E(y), an estimate of x;  T: temperature, SIGMA_MIN^2
 
 1. Denoising score matching (Vincent 2011) is most of training. Let grad E(y) predict the noise:
-       dsm = |grad E(y) / sigma - z|^2, times a weight
+       dsm = mean over pixels of (grad E(y) / sigma - z)^2, times a weight
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
 formula. E can see sigma in y (noise_variance), so one energy serves all noise levels (Li et al.
 2019, arXiv:1910.07762). At SIGMA_MIN, -grad E / T is the score of data with that noise: near a mode
-p is, up to a factor, their density. The factors of separate modes are left open, as no noisy images
-lie in between, nor do the chains of CD cross. Trained on two images, one four times as frequent, E
-differed by 647 T, not T ln 4.
+p is, up to a factor, the density of such data. The factors of separate modes are left open: no data
+with so little noise lie in between, and chains of CD do not cross. Trained on two images, one four
+times as frequent, E differed by 647 T, not T ln 4.
 
 2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: energies may be low
 where no noisy image was, and long chains go there. The gradient of -T log p(x) in the weights is
@@ -35,7 +35,7 @@ Score matching makes samples good (dpm_solver), CD keeps long chains among image
 Matching, Balcerak et al. 2025, arXiv:2504.10612). In another project: copy this file; only its
 command line needs common.py. SIGMA_DATA is to be the root mean square of the pixels, SIGMA_MAX 1.25
 times the side. Then net = EnergyNet((C, H, W)), ema = copy.deepcopy(net), optimizers =
-make_optimizers(net); each step: training_step(net, optimizers, uint8_images, lr), update_ema.
+make_optimizers(net); each step: training_step(net, optimizers, uint8_images, lr), update_ema().
 """
 
 import argparse
@@ -107,7 +107,7 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
 
 
 def nats_per_dim(net, y, batch_size=256):
-    """E(y) / (T C H W), (B,): about 0.5 for data with noise SIGMA_MIN, as E is |noise|^2 / 2."""
+    """E(y) / (T C H W), (B,): 0.5 around an only image, where E is half of |noise|^2."""
     return torch.cat([net(part) for part in y.split(batch_size)]) / (T * y[0].numel())
 
 
@@ -116,11 +116,10 @@ def langevin(grad_E, y, steps, h=0.1, temperature=T):
     """Langevin dynamics for p, from y (B, C, H, W).
 
     Noise of variance 2 h T is right for small h. Near an image a, where E is |y - a|^2 / 2,
-    h (2 - h) T is right for any h: (1 - h)^2 v + h (2 - h) T leaves the variance v = T unchanged.
+    h (2 - h) T is right for any h < 2: a variance v becomes (1 - h)^2 v + h (2 - h) T, T stays T.
     """
-    noise_std = math.sqrt(h * (2 - h) * temperature)
     for _ in range(steps):
-        y = y - h * grad_E(y) + noise_std * torch.randn_like(y)
+        y = y - h * grad_E(y) + math.sqrt(h * (2 - h) * temperature) * torch.randn_like(y)
     return y
 
 
@@ -160,18 +159,21 @@ def noise_variance(y):
 
 
 class Block(nn.Module):
-    """Residual block (B, in_channels, H, W) -> (B, out_channels, H, W), without normalisation."""
+    """Residual block (B, in_channels, H, W) -> (B, out_channels, H, W), conditioned on sigma."""
 
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels, out_channels, embedding_size):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.scale_shift = nn.Linear(embedding_size, 2 * out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv2.weight)  # at first the residual branch adds nothing
         changes = in_channels != out_channels
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if changes else nn.Identity()
 
-    def forward(self, x):
-        h = self.conv2(F.silu(self.conv1(F.silu(x))))
+    def forward(self, x, embedding):
+        h = self.conv1(F.silu(x))
+        scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv2(F.silu(h * (1 + scale) + shift))
         return (self.skip(x) + h) / math.sqrt(2)  # of variance 1, if both have it
 
 
@@ -180,7 +182,7 @@ class EnergyNet(nn.Module):
 
     So E looks like half the squared distance to an image, and is never below 0. Preconditioning is
     EDM's: for r to be the noise, the U-Net has inputs and targets of mean square about 1:
-        r = y - (c_skip y + c_out unet(c_in y))
+        r = y - (c_skip y + c_out unet(c_in y, ln sigma))
     y has mean square sigma^2 + SIGMA_DATA^2, with sigma estimated from y: hence c_in. c_skip y is
     the multiple of y nearest to x; its error has mean square c_out^2. There are `blocks` blocks of
     width * mults[i] channels at resolution i, down and up; H, W: multiples of 2^(len(mults) - 1).
@@ -191,37 +193,40 @@ class EnergyNet(nn.Module):
         self.shape = shape  # (C, H, W) of images
         self.blocks = blocks
         self.amp = amp  # bfloat16 in the blocks
+        size = 4 * width  # of the embedding of sigma
+        self.embed = nn.Sequential(nn.Linear(1, size), nn.SiLU(), nn.Linear(size, size), nn.SiLU())
         widths = [width * mult for mult in mults for _ in range(blocks)]  # of the blocks
         c = width * mults[0]  # channels of h in unet()
         self.stem = nn.Conv2d(shape[0], c, 3, padding=1)
         self.down = nn.ModuleList()
         for block_width in widths:
-            self.down.append(Block(c, block_width))
+            self.down.append(Block(c, block_width, size))
             c = block_width
-        self.middle = Block(c, c)
+        self.middle = Block(c, c, size)
         self.up = nn.ModuleList()
         for block_width in reversed(widths):  # each also sees the output of its counterpart
-            self.up.append(Block(c + block_width, block_width))
+            self.up.append(Block(c + block_width, block_width, size))
             c = block_width
         self.out = nn.Conv2d(c, shape[0], 3, padding=1, bias=False)
         nn.init.zeros_(self.out.weight)  # so unet() starts at 0
         self.to(memory_format=torch.channels_last)
 
-    def unet(self, x):
-        """The network, (B, C, H, W) -> the same shape."""
+    def unet(self, x, ln_sigma):
+        """The network: x (B, C, H, W) and ln sigma (B, 1) -> like x."""
+        embedding = self.embed(ln_sigma)
         h = self.stem(x)  # in float32: bfloat16 is coarse beside noise of SIGMA_MIN
         skips = []
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             for i, block in enumerate(self.down):
                 if i > 0 and i % self.blocks == 0:
                     h = F.avg_pool2d(h, 2)
-                h = block(h)
+                h = block(h, embedding)
                 skips.append(h)
-            h = self.middle(h)
+            h = self.middle(h, embedding)
             for i, block in enumerate(self.up):
                 if i > 0 and i % self.blocks == 0:
                     h = F.interpolate(h, scale_factor=2.0)
-                h = block(torch.cat([h, skips.pop()], dim=1))
+                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
         return self.out(F.silu(h.to(x.dtype)))
 
     def forward(self, y):
@@ -231,7 +236,7 @@ class EnergyNet(nn.Module):
         c_skip = SIGMA_DATA**2 / mean_square
         c_out = SIGMA_DATA * (variance / mean_square).sqrt()
         c_in = 1 / mean_square.sqrt()
-        r = (1 - c_skip) * y - c_out * self.unet(c_in * y)
+        r = (1 - c_skip) * y - c_out * self.unet(c_in * y, variance.view(-1, 1).log() / 2)
         return r.square().sum((1, 2, 3)) / 2
 
     def grad_E(self, y):
@@ -282,7 +287,7 @@ class Muon(torch.optim.Optimizer):
     al. 2024, kellerjordan.github.io/posts/muon). A convolution is a matrix (C_out, C_in k k) here.
     """
 
-    def __init__(self, weights, lr, momentum=0.95):
+    def __init__(self, weights, lr, momentum=0.9):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -307,7 +312,7 @@ def make_optimizers(net, lr=0.02):
     blocks = nn.ModuleList([net.down, net.middle, net.up])
     hidden = [weight for weight in blocks.parameters() if weight.dim() > 1]
     rest = [weight for weight in net.parameters() if all(weight is not w for w in hidden)]
-    return Muon(hidden, lr), torch.optim.Adam(rest, lr / 10, betas=(0.0, 0.999), fused=True)
+    return Muon(hidden, lr), torch.optim.Adam(rest, lr / 10, betas=(0.0, 0.98), fused=True)
 
 
 def warmup_cosine(step, total):
@@ -462,7 +467,6 @@ def evaluate(args, nets):
     kinds = {
         "themselves": test,
         "constant colours": test[:, :, :1, :1].expand_as(test),
-        "means of two images": test // 2 + test.roll(1, 0) // 2,
         args.ood: load(args.ood)[1][:2000],
     }
     E = {}
@@ -542,8 +546,8 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
-        sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
+    if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0 or args.generate == 0:
+        sys.exit("--epochs, --batch-size, --lr, --sample-every and --generate must be above 0")
     return args
 
 

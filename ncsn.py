@@ -22,9 +22,10 @@ The best D is the posterior mean E[x | y], and by Tweedie's formula it gives the
 Proof: p_sigma(y) = E_x[N(y; x, sigma^2 I)], and grad_y N = N (x - y) / sigma^2. Divide by p_sigma:
 by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | y] / sigma^2.
 
-From NCSN are the idea, the largest noise level and the Langevin sampler, from EDM (Karras et al.
-2022, arXiv:2206.00364) preconditioning, a continuous sigma and the U-Net (without attention). In
-another project copy this file and call training_step() and update_ema(), as train() does.
+NCSN has the idea, the largest noise level and the Langevin sampler; EDM (Karras et al. 2022,
+arXiv:2206.00364) the preconditioning, a continuous sigma and the U-Net (here without attention).
+In another project copy this file and call what train() calls: measure(), Denoiser(),
+make_optimizers(), at each step training_step(), update_ema(); then dpm_solver(ema.score, ...).
 """
 
 import argparse
@@ -109,7 +110,7 @@ def sample_sigma(net, x):
     """Random noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
 
     The median is 0.6 sigma_data: less noise hides only texture, more leaves only mean colours.
-    Ends: SIGMA_MIN and sigma_max, see measure(). Stratified: one u in each of B equal intervals.
+    Ends: SIGMA_MIN, and sigma_max by measure(). Stratified: one u in each of B equal intervals.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))
@@ -157,8 +158,8 @@ def langevin(score, z, sigma_max):
     """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
 
     Levels (2020, technique 2): in dim = C H W dimensions |sigma z| is nearly N(sqrt(dim) sigma,
-    sigma^2 / 2), a thin shell, 3 standard deviations to each side. The mean radius of a level is
-    where the shell above ends, so half of its noise falls into that. The ratio of two levels is
+    sigma^2 / 2), a thin shell of 3 standard deviations to each side. The mean radius of a level is
+    where the shell of the next larger one ends: half of its noise falls into that. Their ratio is
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise: its variance is h (2 - h) sigma^2, for small h the papers' 2 h sigma^2. Where y is mostly
     noise, score = -y / sigma^2: a step turns variance v into (1 - h)^2 v + h (2 - h) sigma^2, and
@@ -181,7 +182,7 @@ def langevin(score, z, sigma_max):
 
 def autoguided(score, early_score, guidance):
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from an early network's errors."""
-    # It errs like the later one, but more. Samples improve, but are not the model's any more.
+    # That errs like the later one, but more. Twice the calls; samples are not the model's any more.
     return lambda y, sigma: torch.lerp(early_score(y, sigma), score(y, sigma), guidance)
 
 
@@ -313,7 +314,7 @@ class Muon(torch.optim.Optimizer):
     al. 2024, kellerjordan.github.io/posts/muon). A convolution is a matrix (C_out, C_in k k) here.
     """
 
-    def __init__(self, weights, lr, momentum=0.95):
+    def __init__(self, weights, lr, momentum=0.9):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -338,8 +339,7 @@ def make_optimizers(net, lr=0.02):
     blocks = nn.ModuleList([net.unet.down, net.unet.middle, net.unet.up])
     hidden = [weight for weight in blocks.parameters() if weight.dim() > 1]
     rest = [weight for weight in net.parameters() if all(weight is not w for w in hidden)]
-    adam = torch.optim.Adam(rest, lr / 10, betas=(0.9, 0.98), fused=True)  # 0.999 learned slower
-    return Muon(hidden, lr, momentum=0.9), adam
+    return Muon(hidden, lr), torch.optim.Adam(rest, lr / 10, betas=(0.9, 0.98), fused=True)
 
 
 def warmup_cosine(step, total):
@@ -408,7 +408,7 @@ def train(args):
             update_ema(ema, net, state["step"])
             state["step"] += 1
             if state["step"] == total // 10:
-                parts["early"].load_state_dict(ema.state_dict())  # for --guidance
+                parts["early"].load_state_dict(ema.state_dict())  # for autoguided()
             state["seconds"] = time.time() - start
             if state["seconds"] > save_at:
                 save(args, state, parts)
@@ -562,8 +562,8 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
-        sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
+    if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0 or args.generate == 0:
+        sys.exit("--epochs, --batch-size, --lr, --sample-every and --generate must be above 0")
     return args
 
 

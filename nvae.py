@@ -385,7 +385,7 @@ class Muon(torch.optim.Optimizer):
     al. 2024, kellerjordan.github.io/posts/muon). A convolution is a matrix (C_out, C_in k k) here.
     """
 
-    def __init__(self, weights, lr, momentum=0.95):
+    def __init__(self, weights, lr, momentum=0.9):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -410,7 +410,7 @@ def make_optimizers(net, lr=0.02):
     inside = nn.ModuleList([net.encoder, net.groups, net.tail]).modules()
     hidden = [x.weight for x in inside if isinstance(x, nn.Conv2d) and x.groups == 1]
     rest = [weight for weight in net.parameters() if all(weight is not w for w in hidden)]
-    return Muon(hidden, lr), torch.optim.Adam(rest, lr / 10, fused=True)
+    return Muon(hidden, lr, momentum=0.95), torch.optim.Adam(rest, lr / 10, fused=True)
 
 
 def warmup_cosine(step, total):
@@ -663,8 +663,8 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0:
-        sys.exit("--epochs, --batch-size, --lr and --sample-every must be above 0")
+    if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0 or args.generate == 0:
+        sys.exit("--epochs, --batch-size, --lr, --sample-every and --generate must be above 0")
     return args
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import ebm
+import ncsn
 from ebm import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, T
 
 
@@ -351,7 +352,7 @@ def test_without_chains_there_is_score_matching_alone():
     assert not any(torch.equal(before[name], value) for name, value in net.state_dict().items())
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     assert rates == pytest.approx([0.01, 0.001])
-    assert optimizers[1].param_groups[0]["betas"] == (0.0, 0.999)
+    assert optimizers[1].param_groups[0]["betas"] == (0.0, 0.98)
 
 
 def test_the_phases_of_a_run():
@@ -405,10 +406,11 @@ def test_the_energy_is_half_the_square_of_the_preconditioned_residual():
     variance = ebm.noise_variance(y)
     total = variance + 0.25
     with torch.no_grad():
-        f = net.unet(y / total.sqrt())
+        f = net.unet(y / total.sqrt(), variance.view(-1, 1).log() / 2)
         r = y - (0.25 / total * y + (0.25 * variance / total).sqrt() * f)
         assert torch.allclose(net(y), r.flatten(1).square().sum(1) / 2, rtol=1e-5)
-    assert f.std() > 0.05
+        assert f.std() > 0.02
+        assert not torch.allclose(f, net.unet(y / total.sqrt(), -3 * torch.ones(4, 1)), atol=0.01)
 
 
 def test_grad_e_is_the_gradient_of_each_energy():
@@ -425,15 +427,28 @@ def test_grad_e_is_the_gradient_of_each_energy():
 def test_the_unet_starts_at_zero_and_skips_join_equal_resolutions():
     torch.manual_seed(0)
     net = ebm.EnergyNet((3, 16, 16), width=4, mults=(1, 2, 3), blocks=2)
-    assert not net.unet(randn(2, 3, 16, 16)).any()
+    assert not net.unet(randn(2, 3, 16, 16), randn(2, 1)).any()
     sizes = []
     for block in [*net.down, net.middle, *net.up]:
         block.register_forward_hook(lambda block, given, out: sizes.append(tuple(out.shape[1:3])))
-    net.unet(randn(2, 3, 16, 16))
+    net.unet(randn(2, 3, 16, 16), randn(2, 1))
     down = [(4, 16), (4, 16), (8, 8), (8, 8), (12, 4), (12, 4)]
     assert sizes == [*down, (12, 4), *reversed(down)]
     x = randn(1, 4, 8, 8)
-    assert torch.allclose(ebm.Block(4, 4)(x), x / math.sqrt(2))
+    assert torch.allclose(ebm.Block(4, 4, 8)(x, randn(1, 8)), x / math.sqrt(2))
+
+
+@pytest.mark.parametrize("module", [ebm, ncsn])
+def test_sigma_scales_and_shifts_the_channels_of_a_block(module):
+    torch.manual_seed(0)
+    block = module.Block(4, 4, 8)
+    norm1, norm2 = (getattr(block, name, nn.Identity()) for name in ("norm1", "norm2"))
+    nn.init.normal_(block.conv2.weight, std=0.3)
+    x, embedding = randn(2, 4, 8, 8), randn(2, 8)
+    scale, shift = block.scale_shift(embedding).view(2, 2, 4, 1, 1).unbind(1)
+    h = norm2(block.conv1(nn.functional.silu(norm1(x)))) * (1 + scale) + shift
+    due = (x + block.conv2(nn.functional.silu(h))) / math.sqrt(2)
+    assert torch.allclose(block(x, embedding), due, atol=1e-6)
 
 
 def test_bfloat16_is_in_the_blocks_only():

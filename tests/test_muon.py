@@ -90,7 +90,7 @@ NETWORKS = {  # and the layers that are not Muon's: at the ends of the network, 
         nvae.NVAE((3, 8, 8), width=4, groups=(1, 2), depthwise=True),
         r"^stem|^head|gate",
     ),
-    "ebm": (ebm, ebm.EnergyNet((3, 8, 8), width=4, mults=(1, 2), blocks=1), r"^(stem|out)"),
+    "ebm": (ebm, ebm.EnergyNet((3, 8, 8), width=4, mults=(1, 2), blocks=1), r"^(embed|stem|out)"),
 }
 
 

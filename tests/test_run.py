@@ -386,7 +386,7 @@ def test_flags_that_must_not_change_are_refused(run, trained):
 
 
 def test_values_that_would_do_nothing_are_refused(run):
-    for flag in "--epochs 0", "--batch-size 0", "--lr -1", "--sample-every 0":
+    for flag in "--epochs 0", "--batch-size 0", "--lr -1", "--sample-every 0", "--generate 0":
         assert "must be above 0" in run.one_line(f"{run.tiny} {flag}")
 
 
