@@ -173,7 +173,7 @@ class Block(nn.Module):
     def forward(self, x, embedding):
         h = self.conv1(F.silu(x))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(F.silu(h * (1 + scale) + shift))
+        h = self.conv2(F.silu(h * (1 + scale) + shift))  # adaptive group norm, without the norm
         return (self.skip(x) + h) / math.sqrt(2)  # of variance 1, if both have it
 
 

@@ -180,10 +180,10 @@ def langevin(score, z, sigma_max):
     return y + SIGMA_MIN**2 * score(y, SIGMA_MIN)
 
 
-def autoguided(score, early_score, guidance):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from an early network's errors."""
-    # That errs like the later one, but more. Twice the calls; samples are not the model's any more.
-    return lambda y, sigma: torch.lerp(early_score(y, sigma), score(y, sigma), guidance)
+def autoguided(score, guide_score, guidance):
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a less trained network."""
+    # Its errors are those of the trained one, but larger. Samples improve, but leave the model's p.
+    return lambda y, sigma: torch.lerp(guide_score(y, sigma), score(y, sigma), guidance)
 
 
 def ideal_score(images):
@@ -368,8 +368,8 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    On disk is the last save, at most ten minutes old: Ctrl-C, a kill and NaN write nothing. Noise
-    and order depend on (seed, step): on a CPU, resumed runs equal uninterrupted ones.
+    On disk is the last save, at most ten minutes old: Ctrl-C and a kill write nothing, NaN is never
+    saved. Noise and order depend on (seed, step): on a CPU, resumed runs equal uninterrupted ones.
     """
     from tqdm import tqdm
     from common import batches, load
@@ -386,7 +386,7 @@ def train(args):
     net = Denoiser(**state["network"], amp=args.amp).to(args.device)
     ema = copy.deepcopy(net).requires_grad_(False)
     muon, adam = make_optimizers(net)
-    parts = {"net": net, "ema": ema, "early": copy.deepcopy(ema), "muon": muon, "adam": adam}
+    parts = {"net": net, "ema": ema, "guide": copy.deepcopy(ema), "muon": muon, "adam": adam}
     for name in parts if args.resume else ():
         parts[name].load_state_dict(state[name])
     if args.compile and can_compile(args.device):
@@ -407,8 +407,8 @@ def train(args):
             state["losses"].append(training_step(net, (muon, adam), batch, lr))
             update_ema(ema, net, state["step"])
             state["step"] += 1
-            if state["step"] == total // 10:
-                parts["early"].load_state_dict(ema.state_dict())  # for autoguided()
+            if state["step"] <= total // 10:  # for autoguided()
+                parts["guide"].load_state_dict(ema.state_dict())
             state["seconds"] = time.time() - start
             if state["seconds"] > save_at:
                 save(args, state, parts)
@@ -581,9 +581,9 @@ def main(argv=None):
         if args.sampler == "ideal":
             net.score = ideal_score(load(args.data, args.subset)[0].to(args.device))
         if args.guidance != 1:
-            early = copy.deepcopy(net)
-            early.load_state_dict(args.checkpoint["early"])
-            net.score = autoguided(net.score, early.score, args.guidance)
+            guide = copy.deepcopy(net)
+            guide.load_state_dict(args.checkpoint["guide"])
+            net.score = autoguided(net.score, guide.score, args.guidance)
         images = sample(args, net, args.generate)
         export(images, Path(args.out, "generated"))
         save_grid(images[:64], Path(args.out, "generated.png"))

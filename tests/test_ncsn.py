@@ -282,10 +282,10 @@ def test_langevin_gives_gaussians_their_std_at_any_size(shape, s):
 
 @pytest.mark.parametrize("guidance", [0, 1, 1.8])
 def test_autoguidance_extrapolates_scores_of_gaussians(guidance):
-    early, late = GaussianNet(2.0), GaussianNet(0.5)
+    guide, net = GaussianNet(2.0), GaussianNet(0.5)
     y = randn(5, 3, 4, 4)
     precision = guidance / (0.5**2 + 0.7**2) + (1 - guidance) / (2.0**2 + 0.7**2)
-    score = ncsn.autoguided(late.score, early.score, guidance)
+    score = ncsn.autoguided(net.score, guide.score, guidance)
     assert torch.allclose(score(y, 0.7), -precision * y, atol=1e-5)
 
 
