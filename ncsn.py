@@ -22,10 +22,10 @@ The best D is the posterior mean E[x | y], and by Tweedie's formula it gives the
 Proof: p_sigma(y) = E_x[N(y; x, sigma^2 I)], and grad_y N = N (x - y) / sigma^2. Divide by p_sigma:
 by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | y] / sigma^2.
 
-NCSN has the idea, the largest noise level and the Langevin sampler; EDM (Karras et al. 2022,
-arXiv:2206.00364) the preconditioning, a continuous sigma and the U-Net (here without attention).
-In another project copy this file and call what train() calls: measure(), Denoiser(),
-make_optimizers(), at each step training_step(), update_ema(); then dpm_solver(ema.score, ...).
+NCSN has the idea, largest sigma and Langevin sampler; EDM (Karras et al. 2022, arXiv:2206.00364)
+preconditioning, continuous sigma and U-Net (here without attention). In another project copy this
+file and call what train() calls: measure(), Denoiser(), make_optimizers(), at each step
+training_step(), update_ema(); then dpm_solver(ema.score, ...).
 """
 
 import argparse
@@ -157,20 +157,18 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
 def langevin(score, z, sigma_max):
     """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
 
-    Levels (2020, technique 2): in dim = C H W dimensions |sigma z| is nearly N(sqrt(dim) sigma,
-    sigma^2 / 2), a thin shell of 3 standard deviations to each side. The mean radius of a level is
-    where the shell of the next larger one ends: half of its noise falls into that. Their ratio is
+    Levels (2020, technique 2): |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2), dim = C H W.
+    The mean of the next smaller sigma is 3 standard deviations below. So their shells overlap:
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
-    Noise: its variance is h (2 - h) sigma^2, for small h the papers' 2 h sigma^2. Where y is mostly
-    noise, score = -y / sigma^2: a step turns variance v into (1 - h)^2 v + h (2 - h) sigma^2, and
-    v = sigma^2 stays. Steps: as sigma falls all variances lag, too large by a fraction of
-    ln(gamma) / (n h). Where images exceed noise, variances settle too low by h / 2. There the
-    two cancel for h = sqrt(2 ln(gamma) / n), with n such that h is about 0.2 (CIFAR-10: n = 2).
+    Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
+    score = -y / sigma^2, and v = sigma^2 stays: it equals (1 - h)^2 v + h (2 - h) sigma^2.
+    Steps: as sigma falls all variances lag, too large by a fraction of ln(gamma) / (n h). Where
+    images exceed noise, they settle too low by h / 2. There both cancel: h = sqrt(2 ln(gamma) / n).
     """
     root = math.sqrt(2 * z[0].numel())
     ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any gamma does
     count = max(2, math.ceil(math.log(sigma_max / SIGMA_MIN) / ln_gamma) + 1)
-    n = max(1, round(50 * ln_gamma))
+    n = max(1, round(50 * ln_gamma))  # so that h is about 0.2 (CIFAR-10: n = 2)
     h = math.sqrt(2 * ln_gamma / n)
     y = sigma_max * z
     for sigma in torch.logspace(math.log10(sigma_max), math.log10(SIGMA_MIN), count).tolist():
@@ -181,8 +179,7 @@ def langevin(score, z, sigma_max):
 
 
 def autoguided(score, guide_score, guidance):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a less trained network."""
-    # Its errors are those of the trained one, but larger. Samples improve, but leave the model's p.
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a net with larger errors."""
     return lambda y, sigma: torch.lerp(guide_score(y, sigma), score(y, sigma), guidance)
 
 
@@ -433,23 +430,26 @@ def save(args, state, parts):
 
 @torch.no_grad()
 def finish_epoch(args, state, ema, test):
-    """Test the EMA of the weights, write log.csv and curves.png, draw samples now and then."""
+    """Test the EMA, also by thirds of sigma; write log.csv, curves.png; at times draw samples."""
     from matplotlib.figure import Figure
     from common import save_grid
 
     torch.manual_seed(0)  # the same noise each time, so that epochs compare
     parts = [dequantise(images) for images in test[:1000].split(args.batch_size)]
-    losses = [denoising_loss(ema, x, sample_sigma(ema, x)) for x in parts]
+    sigmas = [sample_sigma(ema, x) for x in parts]
+    losses = torch.cat([denoising_loss(ema, *part) for part in zip(parts, sigmas, strict=True)])
     row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
     row["train loss"] = torch.stack(state["losses"]).mean().item()
-    row["test loss"] = torch.cat(losses).mean().item()
+    row["test loss"] = losses.mean().item()
+    for i, third in enumerate(losses[torch.cat(sigmas).argsort()].chunk(3), start=1):
+        row[f"test loss {i}/3"] = third.mean().item()
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     rows = [*state["rows"], row]
     state.update(rows=rows, losses=[])
     with open(Path(args.out, "log.csv"), "w", newline="") as file:
         csv.writer(file).writerows([list(row), *(each.values() for each in rows)])
     axes = Figure().add_subplot(xlabel="epoch")
-    for name in "train loss", "test loss":
+    for name in list(row)[2:]:
         axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
     axes.legend()
     axes.figure.savefig(Path(args.out, "curves.png"))

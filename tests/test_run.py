@@ -179,6 +179,15 @@ def test_the_log_has_the_mean_over_an_epochs_steps(run, monkeypatch):
         assert float(row[name]) == pytest.approx(middle.item(), rel=1e-5)
 
 
+def test_the_log_has_the_test_loss_of_each_third_of_the_noise_levels(data, monkeypatch):
+    run, loss = Run("ncsn", data), importlib.import_module("ncsn").denoising_loss
+    monkeypatch.setattr(run.module, "denoising_loss", lambda *args: 0 * loss(*args) + args[2])
+    run.train("--epochs 1 --out r")
+    low, middle, high = (float(log("r")[0][f"test loss {i}/3"]) for i in (1, 2, 3))
+    median = 0.6 * load("r")["network"]["sigma_data"]
+    assert low < median * 2**-0.7 < middle < median * 2**0.7 < high
+
+
 def test_generate_and_evaluate(run, trained, capsys):
     run("--generate 5 --batch-size 2 --out r")
     names = sorted(path.name for path in (trained / "generated").iterdir())
@@ -410,8 +419,7 @@ def test_small_is_a_preset_and_flags_given_win(run):
 
 def test_flags_of_a_command_are_not_kept_with_the_run(run, trained):
     args = run.module.parse(["--resume", "--out", "r"])
-    assert args.epochs == 2
-    assert not args.generate
+    assert args.epochs == 2 and not args.generate
     kept = load("r")["args"]
     assert not {"out", "device", "resume", "generate", "checkpoint", "time_limit"} & set(kept)
 
