@@ -21,21 +21,21 @@ draw samples by Langevin dynamics, x <- x - h grad E(x) + sqrt(2 h T) z with a s
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
 formula. E can see sigma in y (noise_variance), so one energy serves all noise levels (Li et al.
 2019, arXiv:1910.07762). At SIGMA_MIN, -grad E / T is the score of data with that noise: near a mode
-p is, up to a factor, the density of such data. The factors of separate modes are left open: no data
-with so little noise lie in between, and chains of CD do not cross. Trained on two images, one four
-times as frequent, E differed by 647 T, not T ln 4.
+p is, up to a factor, the density of such data. The relative weights of modes are left open: no data
+with so little noise lie between modes, and chains of CD do not cross. Trained on two images, one
+four times as frequent, E differed by 647 T, not T ln 4.
 
-2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: energies may be low
-where no noisy image was, and long chains go there. The gradient of -T log p(x) in the weights is
-that of E(x) minus the mean of that of E over p. So descend cd = E(data) - E(samples): it lowers the
+2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: E may be low away
+from all noisy images, and long chains go there. The gradient of -T log p(x) with respect to the
+weights is that of E(x) minus its mean over p. So descend cd = E(data) - E(samples): it lowers the
 energy of data and raises that of negative samples, Langevin chains in a replay buffer (persistent
 CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
 
 Score matching makes samples good (dpm_solver), CD keeps long chains among images (cf. Energy
-Matching, Balcerak et al. 2025, arXiv:2504.10612). In another project: copy this file; only its
-command line needs common.py. SIGMA_DATA is to be the root mean square of the pixels, SIGMA_MAX 1.25
-times the side. Then net = EnergyNet((C, H, W)), ema = copy.deepcopy(net), optimizers =
-make_optimizers(net); each step: training_step(net, optimizers, uint8_images, lr), update_ema().
+Matching, Balcerak et al. 2025, arXiv:2504.10612). In another project: copy this file. SIGMA_DATA is
+the root mean square of the pixels, SIGMA_MAX 1.25 times the side. net = EnergyNet((C, H, W)), ema =
+copy.deepcopy(net), optimizers = make_optimizers(net); each step: training_step(net, optimizers,
+uint8_images, lr), update_ema(ema, net, step); then quantise(dpm_solver(ema.grad_E, z)) draws them.
 """
 
 import argparse
@@ -79,10 +79,10 @@ def sample_sigma(x):
 
 
 def dsm_loss(net, x, sigma):
-    """Denoising score matching, |grad E(y) / sigma - z|^2 with a weight, of x (B, C, H, W): (B,).
+    """Denoising score matching: mean of (grad E(y) / sigma - z)^2, weighted; x (B, C, H, W): (B,).
 
     It is |D - x|^2 (1 / sigma^2 + 1 / SIGMA_DATA^2), EDM's (Karras et al. 2022, arXiv:2206.00364).
-    At all levels it starts at about 1, though grad E is not r (see EnergyNet), but (dr/dy)^T r.
+    At every sigma it starts near 1, though grad E is (dr/dy)^T r, not r (see EnergyNet).
     """
     s = sigma.view(-1, 1, 1, 1)
     z = torch.randn_like(x)
@@ -94,8 +94,8 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
 
     Of the chains (N, C, H, W), at first dequantised training images, B take `steps` Langevin steps
-    and go back; a fraction `restart` starts from noise. With N = 8 B chains get old soon. The hinge
-    ignores energies a margin above data's. Maximum likelihood would have exact samples, no hinge.
+    and go back; a fraction `restart` starts from noise. As N is only 8 B, chains soon are long. The
+    hinge ignores energies a margin above data's. Maximum likelihood: exact samples and no hinge.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
@@ -107,7 +107,7 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
 
 
 def nats_per_dim(net, y, batch_size=256):
-    """E(y) / (T C H W), (B,): 0.5 around an only image, where E is half of |noise|^2."""
+    """E(y) / (T C H W), (B,): 0.5 near a lone image a, E = |y - a|^2 / 2; CIFAR-10 has about 1."""
     return torch.cat([net(part) for part in y.split(batch_size)]) / (T * y[0].numel())
 
 
@@ -131,7 +131,7 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
     y <- (t/s) y + (1 - t/s) D would be exact. D changes; D', extrapolated in ln sigma, replaces it:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    The ODE chooses the mode. Langevin steps bring y to p within it, D(y) takes p's noise away.
+    The ODE chooses the mode. Langevin steps bring y nearer to p in it, D(y) takes p's noise away.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -329,7 +329,7 @@ def update_ema(ema, net, step):
 
 
 def enter_phase(args, state, total, ema, images):
-    """(steps in this phase, learning rate, chains): CD, the second, has --cd-share of the run."""
+    """(step within its phase, learning rate, chains); phase 2, CD, is the last --cd-share."""
     step = state["step"]
     cd_start = total - int(args.cd_share * total)
     if step < cd_start:
@@ -355,8 +355,8 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    On disk is the last save, at most ten minutes old: Ctrl-C and a kill write nothing, NaN is never
-    saved. Noise and order depend on (seed, step): on a CPU, resumed runs equal uninterrupted ones.
+    On disk is the last save, after an epoch or ten minutes: Ctrl-C and a kill write nothing, NaN is
+    not saved. Each step is seeded by (seed, step): on a CPU resumed runs equal uninterrupted ones.
     """
     from tqdm import tqdm
     from common import batches, load

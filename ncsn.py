@@ -22,10 +22,11 @@ The best D is the posterior mean E[x | y], and by Tweedie's formula it gives the
 Proof: p_sigma(y) = E_x[N(y; x, sigma^2 I)], and grad_y N = N (x - y) / sigma^2. Divide by p_sigma:
 by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | y] / sigma^2.
 
-NCSN has the idea, largest sigma and Langevin sampler; EDM (Karras et al. 2022, arXiv:2206.00364)
-preconditioning, continuous sigma and U-Net (here without attention). In another project copy this
-file and call what train() calls: measure(), Denoiser(), make_optimizers(), at each step
-training_step(), update_ema(); then dpm_solver(ema.score, ...).
+From NCSN are idea, largest sigma and Langevin sampler, from EDM (Karras et al. 2022,
+arXiv:2206.00364) preconditioning, continuous sigma and U-Net (here without attention).
+In another project: copy this file. net = Denoiser(**measure(images)), ema = copy.deepcopy(net),
+optimizers = make_optimizers(net); each step: training_step(net, optimizers, uint8_images, lr),
+update_ema(ema, net, step). Then quantise(dpm_solver(ema.score, z, net.sigma_max)) draws images.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def measure(images):
     """The arguments of Denoiser that depend on the uint8 images (N, C, H, W).
 
     sigma_data: root mean square of the pixels. sigma_max: largest distance between two images
-    (2020, technique 1), or of one from 0. So much noise hides images: sampling starts from it.
+    (2020, technique 1), or largest norm. So much noise hides images: sampling starts from it.
     """
     x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # fewer than 10,000 of all
     sigma_data = x.square().mean().sqrt().item()
@@ -75,7 +76,7 @@ def measure(images):
 class Denoiser(nn.Module):
     """D(y, sigma), and the score that follows from it; **unet are arguments of UNet.
 
-    By EDM's preconditioning inputs and targets of unet, a network, have mean square 1 at any sigma:
+    EDM's preconditioning gives inputs and targets of unet, a network, mean square 1 at any sigma:
         D(y, sigma) = c_skip y + c_out unet(c_in y, ln sigma)
     y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the multiple of y nearest to
     x, so least is left to learn: unet's target is (x - c_skip y) / c_out, of mean square 1.
@@ -109,7 +110,7 @@ class Denoiser(nn.Module):
 def sample_sigma(net, x):
     """Random noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
 
-    The median is 0.6 sigma_data: less noise hides only texture, more leaves only mean colours.
+    Half are 0.28 to 1.3 sigma_data: less noise hides only texture, more leaves little but colours.
     Ends: SIGMA_MIN, and sigma_max by measure(). Stratified: one u in each of B equal intervals.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
@@ -127,8 +128,7 @@ def denoising_loss(net, x, sigma):
     return weight * (net(y, sigma) - x).square().mean((1, 2, 3))
 
 
-# ----------------------------------------------------------------------------------------- samplers
-# Each goes from sigma_max z, (B, C, H, W), to D(y, SIGMA_MIN). score(y, number) is any function.
+# -------------- samplers, from sigma_max z (B, C, H, W) to D(y, SIGMA_MIN), by any score(y, number)
 
 
 @torch.no_grad()
@@ -161,9 +161,9 @@ def langevin(score, z, sigma_max):
     The mean of the next smaller sigma is 3 standard deviations below. So their shells overlap:
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
-    score = -y / sigma^2, and v = sigma^2 stays: it equals (1 - h)^2 v + h (2 - h) sigma^2.
-    Steps: as sigma falls all variances lag, too large by a fraction of ln(gamma) / (n h). Where
-    images exceed noise, they settle too low by h / 2. There both cancel: h = sqrt(2 ln(gamma) / n).
+    score = -y / sigma^2, and its variance sigma^2 stays, as (1 - h)^2 + h (2 - h) = 1.
+    Steps: variances lag as sigma falls, too large by a fraction ln(gamma) / (n h). Where images
+    exceed noise, a finite h leaves them too small by h / 2. Both cancel: h^2 = 2 ln(gamma) / n.
     """
     root = math.sqrt(2 * z[0].numel())
     ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any gamma does
@@ -179,7 +179,7 @@ def langevin(score, z, sigma_max):
 
 
 def autoguided(score, guide_score, guidance):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a net with larger errors."""
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a network of larger error."""
     return lambda y, sigma: torch.lerp(guide_score(y, sigma), score(y, sigma), guidance)
 
 
@@ -231,7 +231,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels=3, width=128, mults=(1, 2, 2), blocks=3):
         super().__init__()
-        # Sines and cosines of ln sigma, which is in [-6, 5]: the slowest is nearly linear there.
+        # Sines and cosines of ln sigma, about -6 to 5: the slowest is nearly linear there.
         self.register_buffer("frequencies", torch.logspace(-1.5, 0.5, width // 2))
         E = 4 * width  # size of the embedding of sigma
         self.embed = nn.Sequential(nn.Linear(width, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
@@ -365,8 +365,8 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    On disk is the last save, at most ten minutes old: Ctrl-C and a kill write nothing, NaN is never
-    saved. Noise and order depend on (seed, step): on a CPU, resumed runs equal uninterrupted ones.
+    On disk is the last save, after an epoch or ten minutes: Ctrl-C and a kill write nothing, NaN is
+    not saved. Each step is seeded by (seed, step): on a CPU resumed runs equal uninterrupted ones.
     """
     from tqdm import tqdm
     from common import batches, load

@@ -31,8 +31,10 @@ beta rises to 1 over 5 % of the run (KL annealing, --kl-warmup), until then gamm
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
 no BatchNorm, weight normalisation or flow. Residual branches are scaled by 0.3, not 0.1. Decoder
 cells are dense, but see --depthwise. The optimisers are Muon with weight decay and Adam.
-In another project: copy this file, change nothing. net = NVAE((C, H, W)), spectral = Spectral(net),
-optimizers = make_optimizers(net); each step: training_step(net, spectral, optimizers, images, lr).
+In another project: copy this file, change nothing. net = NVAE((C, H, W)), ema = copy.deepcopy(net),
+spectral = Spectral(net), optimizers = make_optimizers(net); each step, with beta from 0 to 1 early:
+training_step(net, spectral, optimizers, uint8_images, lr, beta), update_ema(ema, net, step). Then
+ema.generate(N).sample() draws images.
 """
 
 import argparse
@@ -71,7 +73,7 @@ def quantise(x):
 class DMOL:
     """Discretised mixture of logistics for bytes (Salimans et al. 2017, arXiv:1701.05517).
 
-    A pixel is a mixture of M components. In each, a colour has a logistic distribution of mean m
+    A pixel has a mixture of M components. In each, a colour has a logistic distribution of mean m
     and scale s; the means of green and blue are linear in the colours before them. A byte v at
     x = v / 127.5 - 1 has the probability of its bin, 2/255 wide. With the sigmoid S it is
         P(v) = S(a) - S(b),      a = (x + 1/255 - m) / s,      b = (x - 1/255 - m) / s
@@ -128,7 +130,7 @@ class DMOL:
 def soft_clamped_normal(parameters):
     """mu and ln sigma, (B, 2 n, H, W) -> normal of (B, n, H, W), |mu| < 5, .016 < sigma < 7.4.
 
-    Without bounds the KL may explode. With NVAE's tanh alone (sigma < 148) it did on rare images.
+    Without bounds the KL may explode. NVAE's tanh alone (sigma < 149) let it, on rare images.
     """
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return Normal(mu, log_sigma.clamp(max=2).exp() + 0.01, validate_args=False)
@@ -202,7 +204,7 @@ class NVAE(nn.Module):
     """Encoder and decoder for images (C, H, W), with H and W multiples of 2^len(groups).
 
     Level i = 0, 1 ... has 1 / 2^i of the resolution, width * mults[i] channels (the last of mults
-    repeats) and, if i > 0, groups[i - 1] groups, each but the decoder's first after `cells` cells.
+    repeats) and, if i > 0, groups[i - 1] groups, each after `cells` cells (the decoder's first: 0).
     """
 
     def __init__(self, shape, width=64, mults=(1, 2, 2), groups=(12, 8), cells=1, depthwise=False):
@@ -281,7 +283,7 @@ def elbo_terms(net, x):
 def iw_bound(net, x, K):
     """Importance-weighted bound of log p(x), (B,) in nats (Burda et al. 2016, arXiv:1509.00519).
 
-    log p(x) >= E[log 1/K sum_k w_k], w_k = p(x|z) p(z) / q(z|x) for the k-th of K draws z from q.
+    log p(x) >= E[log(sum_k w_k / K)], w_k = p(x|z) p(z) / q(z|x) for the k-th of K draws z from q.
     K = 1 estimates the ELBO; with K the bound rises, towards log p(x).
     """
     features = net.encode(x)
@@ -297,8 +299,8 @@ def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G): KL balancing.
 
     Early on, groups may collapse: q = p, z says nothing. A beta below 1 makes all KL cheap. Until
-    beta is 1, gamma_i makes it cheapest where there is little: gamma_i ~ KL_i / alpha_i, with mean
-    1 and no gradient (appendix A). alpha_i: pixels at the level / its groups.
+    beta is 1, gamma_i makes it cheapest in groups that have little: gamma_i ~ KL_i / alpha_i, with
+    mean 1 and no gradient (appendix A). alpha_i: pixels of a group's level / groups of the level.
     """
     beta = torch.as_tensor(beta, device=kl.device)
     gamma = (kl.detach().mean(0) + 0.01) / alpha
@@ -472,8 +474,8 @@ class RecordedStep:
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    On disk is the last save, at most ten minutes old: Ctrl-C and a kill write nothing, NaN is never
-    saved. Noise and order depend on (seed, step): on a CPU, resumed runs equal uninterrupted ones.
+    On disk is the last save, after an epoch or ten minutes: Ctrl-C and a kill write nothing, NaN is
+    not saved. Each step is seeded by (seed, step): on a CPU resumed runs equal uninterrupted ones.
     """
     from tqdm import tqdm
     from common import batches, load
@@ -568,7 +570,7 @@ def finish_epoch(args, state, ema, test):
 
 
 def sample(args, net, count, shared=0):
-    """`count` uint8 images, the same at each call; if at most 8, all share z_1 ... z_shared."""
+    """`count` uint8 images, the same at each call; up to 8 can share z_1 ... z_shared."""
     torch.manual_seed(args.seed)
     size = min(count, max(8, args.batch_size))
     draws = (net.generate(size, args.temperature, shared) for _ in range(0, count, size))
@@ -577,7 +579,7 @@ def sample(args, net, count, shared=0):
 
 @torch.no_grad()
 def evaluate(args, net):
-    """--evaluate: -ELBO, minus the importance-weighted bound, which is lower, and two pictures."""
+    """--evaluate: -ELBO; the importance-weighted bound, which is tighter; two pictures."""
     from common import load, save_grid
 
     torch.backends.cudnn.allow_tf32 = False  # too coarse for a likelihood
