@@ -31,10 +31,9 @@ beta rises to 1 over 5 % of the run (KL annealing, --kl-warmup), until then gamm
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
 no BatchNorm, weight normalisation or flow. Residual branches are scaled by 0.3, not 0.1. Decoder
 cells are dense, but see --depthwise. The optimisers are Muon with weight decay and Adam.
-In another project: copy this file, change nothing. net = NVAE((C, H, W)), ema = copy.deepcopy(net),
-spectral = Spectral(net), optimizers = make_optimizers(net); each step, with beta from 0 to 1 early:
-training_step(net, spectral, optimizers, uint8_images, lr, beta), update_ema(ema, net, step). Then
-ema.generate(N).sample() draws images.
+In another project: copy this file. net = NVAE((C, H, W)), ema = copy.deepcopy(net), spectral =
+Spectral(net), optimizers = make_optimizers(net); each step: training_step(net, spectral,
+optimizers, uint8_images, lr, beta), update_ema(ema, net, step). ema.generate(N).sample() draws.
 """
 
 import argparse
@@ -354,6 +353,8 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     loss = nll + kl_loss(kl, beta, net.alpha) + regulariser
     net.zero_grad()
     loss.backward()
+    # A rare image has 40 times the usual gradient. It would dominate the momentum for many steps.
+    nn.utils.clip_grad_norm_(net.parameters(), 30 * images[0].numel())
     # Muon's steps do not shrink with the gradient: without decay weights grew, and the KL exploded.
     torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.01 * lr)
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):

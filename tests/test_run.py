@@ -150,8 +150,7 @@ def test_training_writes_its_files(run, trained):
     rows = log(trained)
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"seconds", "train loss", "test loss"} <= set(rows[0])
-    for value in rows[1].values():
-        assert math.isfinite(float(value))
+    assert all(math.isfinite(float(value)) for value in rows[1].values())
     assert load(trained)["step"] == 2 * STEPS
 
 
@@ -491,13 +490,10 @@ def test_a_recorded_step_copies_its_arguments_and_is_replayed(monkeypatch):
 
 
 def test_a_script_gives_up_compiling_in_one_line(run, monkeypatch, capsys):
-    """Without Triton or a C compiler."""
-
     def fails(*args, **options):
         raise RuntimeError("no compiler\nfound")
 
     monkeypatch.setattr(torch, "compile", fails)
     run.train("--epochs 1 --compile --out r")
     lines = [line for line in capsys.readouterr().out.splitlines() if "compile" in line]
-    assert len(lines) == 1
-    assert load("r")["step"] == STEPS
+    assert len(lines) == 1 and load("r")["step"] == STEPS
