@@ -53,7 +53,7 @@ from torch.nn import functional as F
 
 SIGMA_DATA = 0.5  # root mean square of the pixels, about
 SIGMA_MIN = 0.03  # four steps of a byte, hardly visible
-SIGMA_MAX = 40.0  # hides even mean colours: over 32x32 pixels its mean has a std of 40 / 32
+SIGMA_MAX = 40.0  # hides even mean colours: noise averaged over 32x32 pixels has a std of 40 / 32
 T = SIGMA_MIN**2  # so that chains have as much noise as data with SIGMA_MIN
 
 # ------------------------------------------------------------------------------ losses and samplers
@@ -95,7 +95,7 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
 
     Of the chains (N, C, H, W), at first dequantised training images, B take `steps` Langevin steps
     and go back; a fraction `restart` starts from noise. As N is only 8 B, chains soon are long. The
-    hinge ignores energies a margin above data's. Maximum likelihood: exact samples and no hinge.
+    hinge ignores energies a margin above data's. Likelihood needs exact samples and no hinge.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
@@ -107,7 +107,7 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
 
 
 def nats_per_dim(net, y, batch_size=256):
-    """E(y) / (T C H W), (B,): 0.5 near a lone image a, E = |y - a|^2 / 2; CIFAR-10 has about 1."""
+    """E(y) / (T C H W), (B,): with noise SIGMA_MIN 0.5 on a lone image, about 1 on CIFAR-10."""
     return torch.cat([net(part) for part in y.split(batch_size)]) / (T * y[0].numel())
 
 

@@ -76,7 +76,7 @@ def measure(images):
 class Denoiser(nn.Module):
     """D(y, sigma), and the score that follows from it; **unet are arguments of UNet.
 
-    EDM's preconditioning gives inputs and targets of unet, a network, mean square 1 at any sigma:
+    EDM's preconditioning scales inputs and targets of a network, unet, to mean square 1:
         D(y, sigma) = c_skip y + c_out unet(c_in y, ln sigma)
     y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the multiple of y nearest to
     x, so least is left to learn: unet's target is (x - c_skip y) / c_out, of mean square 1.
@@ -158,12 +158,12 @@ def langevin(score, z, sigma_max):
     """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
 
     Levels (2020, technique 2): |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2), dim = C H W.
-    The mean of the next smaller sigma is 3 standard deviations below. So their shells overlap:
+    The next level's mean is 3 of this level's standard deviations lower, so that shells overlap:
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
     score = -y / sigma^2, and its variance sigma^2 stays, as (1 - h)^2 + h (2 - h) = 1.
     Steps: variances lag as sigma falls, too large by a fraction ln(gamma) / (n h). Where images
-    exceed noise, a finite h leaves them too small by h / 2. Both cancel: h^2 = 2 ln(gamma) / n.
+    exceed noise, a finite h makes variances h / 2 too small. To cancel: h^2 = 2 ln(gamma) / n.
     """
     root = math.sqrt(2 * z[0].numel())
     ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any gamma does
@@ -179,7 +179,7 @@ def langevin(score, z, sigma_max):
 
 
 def autoguided(score, guide_score, guidance):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a network of larger error."""
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): extrapolate away from a worse score."""
     return lambda y, sigma: torch.lerp(guide_score(y, sigma), score(y, sigma), guidance)
 
 
@@ -580,7 +580,7 @@ def main(argv=None):
 
         if args.sampler == "ideal":
             net.score = ideal_score(load(args.data, args.subset)[0].to(args.device))
-        if args.guidance != 1:
+        elif args.guidance != 1:
             guide = copy.deepcopy(net)
             guide.load_state_dict(args.checkpoint["guide"])
             net.score = autoguided(net.score, guide.score, args.guidance)

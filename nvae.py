@@ -31,8 +31,8 @@ beta rises to 1 over 5 % of the run (KL annealing, --kl-warmup), until then gamm
 Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
 no BatchNorm, weight normalisation or flow. Residual branches are scaled by 0.3, not 0.1. Decoder
 cells are dense, but see --depthwise. The optimisers are Muon with weight decay and Adam.
-In another project: copy this file. net = NVAE((C, H, W)), ema = copy.deepcopy(net), spectral =
-Spectral(net), optimizers = make_optimizers(net); each step: training_step(net, spectral,
+In another project: copy this file. net = NVAE((C, H, W)).to(device), ema = copy.deepcopy(net),
+spectral = Spectral(net), optimizers = make_optimizers(net); each step: training_step(net, spectral,
 optimizers, uint8_images, lr, beta), update_ema(ema, net, step). ema.generate(N).sample() draws.
 """
 
@@ -112,7 +112,7 @@ class DMOL:
 
     def sample(self, temperature=1.0):
         """uint8 images (B, C, H, W). The temperature multiplies s and divides the logits."""
-        weights = Categorical(logits=self.logits.movedim(1, -1) / temperature)
+        weights = Categorical(logits=self.logits.movedim(1, -1) / max(temperature, 1e-9))
         component = weights.sample()[:, None, None]  # (B, 1, 1, H, W)
         u = torch.rand_like(self.means).clamp(1e-5, 1 - 1e-5)
         noise = temperature * self.log_scales.exp() * torch.logit(u)  # logistic
@@ -129,7 +129,7 @@ class DMOL:
 def soft_clamped_normal(parameters):
     """mu and ln sigma, (B, 2 n, H, W) -> normal of (B, n, H, W), |mu| < 5, .016 < sigma < 7.4.
 
-    Without bounds the KL may explode. NVAE's tanh alone (sigma < 149) let it, on rare images.
+    Without bounds the KL may explode. With NVAE's tanh alone (sigma < 149) it did, rarely.
     """
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return Normal(mu, log_sigma.clamp(max=2).exp() + 0.01, validate_args=False)
@@ -298,8 +298,8 @@ def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G): KL balancing.
 
     Early on, groups may collapse: q = p, z says nothing. A beta below 1 makes all KL cheap. Until
-    beta is 1, gamma_i makes it cheapest in groups that have little: gamma_i ~ KL_i / alpha_i, with
-    mean 1 and no gradient (appendix A). alpha_i: pixels of a group's level / groups of the level.
+    beta is 1, gamma_i makes it cheapest in groups that have little: it is proportional to KL_i /
+    alpha_i, of mean 1, without gradient (appendix A). alpha_i: pixels of a level / its groups.
     """
     beta = torch.as_tensor(beta, device=kl.device)
     gamma = (kl.detach().mean(0) + 0.01) / alpha
