@@ -35,7 +35,7 @@ Score matching makes samples good (dpm_solver), CD keeps long chains among image
 Matching, Balcerak et al. 2025, arXiv:2504.10612). In another project: copy this file. SIGMA_DATA is
 the root mean square of the pixels, SIGMA_MAX 1.25 times the side. net = EnergyNet((C, H, W)), ema =
 copy.deepcopy(net), optimizers = make_optimizers(net); each step: training_step(net, optimizers,
-uint8_images, lr), update_ema(ema, net, step); then quantise(dpm_solver(ema.grad_E, z)) draws them.
+uint8_images, lr), update_ema(ema, net, step); then quantise(dpm_solver(ema.grad_E, z)) draws.
 """
 
 import argparse

@@ -158,7 +158,7 @@ def langevin(score, z, sigma_max):
     """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
 
     Levels (2020, technique 2): |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2), dim = C H W.
-    The next level's mean is 3 of this level's standard deviations lower, so that shells overlap:
+    The next mean is 3 of this level's standard deviations lower. So sigma falls by a factor
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
     score = -y / sigma^2, and its variance sigma^2 stays, as (1 - h)^2 + h (2 - h) = 1.
@@ -539,7 +539,7 @@ def make_parser():
     add("--generate", type=int, metavar="N", help="draw N samples as PNG files, do not train")
     add("--evaluate", action="store_true", help="measure loss and bits/dim, do not train")
     add("--sampler", default="dpm", choices=["dpm", "langevin", "ideal"], help="how to sample")
-    add("--guidance", type=float, default=1.0, help="of --generate: about 2 improves samples")
+    add("--guidance", type=float, default=1.0, help="of --generate: 2 looks better, 1 draws from p")
     parser.set_defaults(checkpoint=None)
     return parser
 

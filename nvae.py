@@ -353,7 +353,7 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     loss = nll + kl_loss(kl, beta, net.alpha) + regulariser
     net.zero_grad()
     loss.backward()
-    # A rare image has 40 times the usual gradient. It would dominate the momentum for many steps.
+    # Norms are 10 to 40 a dimension. A rare one, such as 500, would dominate the momentum for long.
     nn.utils.clip_grad_norm_(net.parameters(), 30 * images[0].numel())
     # Muon's steps do not shrink with the gradient: without decay weights grew, and the KL exploded.
     torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.01 * lr)
