@@ -5,37 +5,41 @@
     python ebm.py --generate 1000           draw samples with the trained weights
     python ebm.py --evaluate                outliers and long chains, before and after CD
 
-A network gives each image x one number, its energy E(x). Low energy means likely, by definition:
-    p(x) = exp(-E(x) / T) / Z,      Z = integral of exp(-E(x) / T) over all x
-Z is never computed: the score, grad log p(x) = -grad E(x) / T, does not contain it and is enough to
-draw samples by Langevin dynamics, x <- x - h grad E(x) + sqrt(2 h T) z with a small h.
+A network gives each image y one number, its energy E(y). Low energy means likely, by definition:
+    p(y) = exp(-E(y) / T) / Z,      Z = integral of exp(-E(y) / T) over all y
+Z is never computed: the score, grad log p(y) = -grad E(y) / T, does not contain it and is enough to
+draw samples by Langevin dynamics, y <- y - h grad E(y) + sqrt(2 h T) z with a small h.
 
     x      images, (B, C, H, W), pixels in [-1, 1];  z: standard normal noise of that shape
-    sigma  noise level, the standard deviation of noise, (B,), from SIGMA_MIN to SIGMA_MAX
+    sigma  noise level, the standard deviation of the noise, (B,), from SIGMA_MIN to SIGMA_MAX
     y      noisy images, y = x + sigma z; their density is p_sigma
     E      the energy, (B,), of images with any noise; grad E is shaped like y
-    D      the denoiser, D(y) = y - grad E(y), an estimate of x;  T: temperature, SIGMA_MIN^2
+    D      the denoiser, D(y) = y - grad E(y), an estimate of x
+    T      the temperature, SIGMA_MIN^2: p models images that have noise of SIGMA_MIN
 
-1. Denoising score matching (Vincent 2011) is most of training. Let grad E(y) predict the noise:
+1. Denoising score matching (Vincent 2011) is most of training. Let grad E(y) predict sigma z:
        dsm = mean over pixels of (grad E(y) / sigma - z)^2, times a weight
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
-formula. E can see sigma in y (noise_variance), so one energy serves all noise levels (Li et al.
-2019, arXiv:1910.07762). At SIGMA_MIN, -grad E / T is the score of data with that noise: near a mode
-p is, up to a factor, the density of such data. The relative weights of modes are left open: no data
-with so little noise lie between modes, and chains of CD do not cross. Trained on two images, one
-four times as frequent, E differed by 647 T, not T ln 4.
+formula. At SIGMA_MIN it is -T grad log p_sigma(y), so p is p_sigma, and data get noise of SIGMA_MIN
+before E is taken. Larger sigma bring samples there. E can see sigma in y (noise_variance): one
+energy serves all (Li et al. 2019, arXiv:1910.07762). Scores leave open the weights of modes that no
+data connect: with two images, one four times as frequent, E differed by 647 T, not T ln 4.
 
 2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: E may be low away
-from all noisy images, and long chains go there. The gradient of -T log p(x) with respect to the
-weights is that of E(x) minus its mean over p. So descend cd = E(data) - E(samples): it lowers the
-energy of data and raises that of negative samples, Langevin chains in a replay buffer (persistent
-CD, Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689).
+from all noisy images, and long chains go there. The gradient of -T log p with respect to the
+weights is that of E(data) minus the mean of E over p. So descend cd = E(data) - E(samples): the
+samples are Langevin chains in a replay buffer, which go on from step to step (persistent CD,
+Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689; after matching Balcerak et al. 2025,
+arXiv:2504.10612). Matching makes dpm_solver's samples good, CD keeps long chains among images.
 
-Score matching makes samples good (dpm_solver), CD keeps long chains among images (cf. Energy
-Matching, Balcerak et al. 2025, arXiv:2504.10612). In another project: copy this file. SIGMA_DATA is
-the root mean square of the pixels, SIGMA_MAX 1.25 times the side. net = EnergyNet((C, H, W)), ema =
-copy.deepcopy(net), optimizers = make_optimizers(net); each step: training_step(net, optimizers,
-uint8_images, lr), update_ema(ema, net, step); then quantise(dpm_solver(ema.grad_E, z)) draws.
+In another project copy this file alone: it takes uint8 images (N, C, H, W), sides multiples of 8.
+Set SIGMA_DATA to the root mean square of pixels in [-1, 1], SIGMA_MAX to 1.25 times the side.
+    net = EnergyNet((C, H, W)).to(device)  # on a GPU amp=True: bfloat16
+    ema, optimizers = copy.deepcopy(net), make_optimizers(net)
+    training_step(net, optimizers, batch, lr=0.02 * warmup_cosine(step, total))
+    update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
+    # For CD, 5 % more: chains=dequantise(images[: 8 * B]), a fifth of lr, and step from 0 again.
+    images = quantise(dpm_solver(ema.grad_E, z))
 """
 
 import argparse
@@ -93,9 +97,10 @@ def dsm_loss(net, x, sigma):
 def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
 
-    Of the chains (N, C, H, W), at first dequantised training images, B take `steps` Langevin steps
-    and go back; a fraction `restart` starts from noise. As N is only 8 B, chains soon are long. The
-    hinge ignores energies a margin above data's. Likelihood needs exact samples and no hinge.
+    Of the chains (N, C, H, W), at first training images, B take `steps` Langevin steps and go back;
+    a fraction `restart` of these starts anew, from noise. With N = 8 B each has a turn every eighth
+    step and lives for about 1,000 Langevin steps. The hinge leaves out chains of energies a margin
+    above data's, such as new ones. Maximum likelihood: exact samples of p, no hinge, no dsm beside.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
@@ -107,7 +112,7 @@ def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
 
 
 def nats_per_dim(net, y, batch_size=256):
-    """E(y) / (T C H W), (B,): with noise SIGMA_MIN 0.5 on a lone image, about 1 on CIFAR-10."""
+    """-log p per dimension but for ln Z, (B,): E / (T C H W). About 1 for CIFAR-10 and chains."""
     return torch.cat([net(part) for part in y.split(batch_size)]) / (T * y[0].numel())
 
 
@@ -131,7 +136,8 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
     y <- (t/s) y + (1 - t/s) D would be exact. D changes; D', extrapolated in ln sigma, replaces it:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    The ODE chooses the mode. Langevin steps bring y nearer to p in it, D(y) takes p's noise away.
+    The ODE chooses the mode of y, about as often as data are there, so y is no exact sample of p.
+    Langevin steps bring it nearer to p within the mode; D(y) takes away the noise that p has.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -355,8 +361,8 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    On disk is the last save, after an epoch or ten minutes: Ctrl-C and a kill write nothing, NaN is
-    not saved. Each step is seeded by (seed, step): on a CPU resumed runs equal uninterrupted ones.
+    checkpoint.pt is saved at each epoch's end and every ten minutes. Ctrl-C and a kill leave it.
+    Noise is seeded by (seed, step), order by (seed, epoch): on a CPU, runs resume bit for bit.
     """
     from tqdm import tqdm
     from common import batches, load
@@ -380,8 +386,6 @@ def train(args):
         net.grad_E = torch.compile(net.grad_E, mode="reduce-overhead")  # on CUDA a CUDA graph
     steps = len(images) // args.batch_size  # per epoch
     total = args.epochs * steps
-    if state["step"] >= total > 0:
-        print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
     save_at = min(end, state["seconds"] + 600)
@@ -406,7 +410,7 @@ def train(args):
 
 
 def save(args, state, parts):
-    """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole, old or new."""
+    """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole. NaN ends the run."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
         sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
     flags = {f: value for f, value in vars(args).items() if f not in [*NOT_SAVED, "checkpoint"]}
@@ -464,17 +468,13 @@ def evaluate(args, nets):
 
     torch.manual_seed(args.seed)
     test = load(args.data)[1][:2000]
-    kinds = {
-        "themselves": test,
-        "constant colours": test[:, :, :1, :1].expand_as(test),
-        args.ood: load(args.ood)[1][:2000],
-    }
-    E = {}
-    for name, images in kinds.items():
-        x = dequantise(images.to(args.device))
-        E[name] = [nats_per_dim(net, x + SIGMA_MIN * torch.randn_like(x)) for net in nets]
-        areas = [auroc(*pair) for pair in zip(E["themselves"], E[name], strict=True)]
-        print(f"AUROC before, after CD: {name:20}", *(f"{area:8.3f}" for area in areas))
+    kinds = test, test[:, :, :1, :1].expand_as(test), load(args.ood)[1][:2000]
+    x = dequantise(torch.cat(kinds).to(args.device))
+    x = x + SIGMA_MIN * torch.randn_like(x)  # the noise of p
+    for when, net in zip(("before", "after"), nets, strict=True):
+        E_test, E_colours, E_ood = nats_per_dim(net, x).split([len(kind) for kind in kinds])
+        print(f"AUROC {when} CD: constant colours {auroc(E_test, E_colours):.3f}", end=", ")
+        print(f"{args.ood} {auroc(E_test, E_ood):.3f}")
     x = dequantise(test[:4].to(args.device))
     z = torch.randn_like(x)
     chains = [torch.cat([dpm_solver(net.grad_E, z), x]) for net in nets]

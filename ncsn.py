@@ -6,8 +6,8 @@
     python ncsn.py --evaluate                            loss by noise level, bits/dim
 
 The score of a density p is grad_x log p(x), the direction in which p grows fastest. It is enough to
-draw samples: Langevin dynamics takes small steps along the score and adds a little noise. But in
-most of pixel space there are no images to learn it from. Song & Ermon (2019, arXiv:1907.05600;
+draw samples: Langevin dynamics takes small steps along the score and adds a little noise. But
+most of pixel space has no images to learn the score from. Song & Ermon (2019, arXiv:1907.05600;
 2020, arXiv:2006.09011) add Gaussian noise of many levels sigma, learn the scores of all the noisy
 densities with one network, conditioned on sigma, and follow them while sigma falls to nearly 0.
 
@@ -22,11 +22,13 @@ The best D is the posterior mean E[x | y], and by Tweedie's formula it gives the
 Proof: p_sigma(y) = E_x[N(y; x, sigma^2 I)], and grad_y N = N (x - y) / sigma^2. Divide by p_sigma:
 by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | y] / sigma^2.
 
-From NCSN are idea, largest sigma and Langevin sampler, from EDM (Karras et al. 2022,
-arXiv:2206.00364) preconditioning, continuous sigma and U-Net (here without attention).
-In another project: copy this file. net = Denoiser(**measure(images)), ema = copy.deepcopy(net),
-optimizers = make_optimizers(net); each step: training_step(net, optimizers, uint8_images, lr),
-update_ema(ema, net, step). Then quantise(dpm_solver(ema.score, z, net.sigma_max)) draws images.
+Preconditioning, continuous sigma and U-Net are EDM's (Karras et al. 2022, arXiv:2206.00364).
+In another project copy this file alone: it takes uint8 images (N, C, H, W), sides multiples of 4.
+    net = Denoiser(**measure(images)).to(device)  # on a GPU amp=True: bfloat16
+    ema, optimizers = copy.deepcopy(net), make_optimizers(net)
+    training_step(net, optimizers, batch, lr=0.02 * warmup_cosine(step, total))
+    update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
+    images = quantise(dpm_solver(ema.score, z, net.sigma_max))
 """
 
 import argparse
@@ -65,7 +67,7 @@ def measure(images):
     """The arguments of Denoiser that depend on the uint8 images (N, C, H, W).
 
     sigma_data: root mean square of the pixels. sigma_max: largest distance between two images
-    (2020, technique 1), or largest norm. So much noise hides images: sampling starts from it.
+    (2020, technique 1) or norm: so much noise hides which image it was, and sampling starts there.
     """
     x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # fewer than 10,000 of all
     sigma_data = x.square().mean().sqrt().item()
@@ -111,7 +113,7 @@ def sample_sigma(net, x):
     """Random noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
 
     Half are 0.28 to 1.3 sigma_data: less noise hides only texture, more leaves little but colours.
-    Ends: SIGMA_MIN, and sigma_max by measure(). Stratified: one u in each of B equal intervals.
+    Ends: SIGMA_MIN, dequantise()'s own noise; sigma_max (measure). Stratified: one u in each 1/B.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))
@@ -121,7 +123,7 @@ def sample_sigma(net, x):
 def denoising_loss(net, x, sigma):
     """|D(x + sigma z, sigma) - x|^2 / c_out^2, the mean over pixels, (B,), for x (B, C, H, W).
 
-    This is the squared error of unet, which starts at 0: the loss starts at 1 at every noise level.
+    This is unet's squared error, 1 before training: targets have mean square 1, and outputs are 0.
     """
     y = x + sigma.view(-1, 1, 1, 1) * torch.randn_like(x)
     weight = 1 / sigma**2 + 1 / net.sigma_data**2  # = 1 / c_out^2
@@ -140,11 +142,11 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
     Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D, a step of DDIM, would be exact. D
     changes: D', extrapolated to mid-step from the last two levels in ln sigma, takes its place:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    Calls: `count`. The error falls as 1 / count^2. At 12 a Gaussian's std is 10 to 14 % too large.
+    Calls: `count`. The error falls as 1 / count^2: at 12, Gaussians come out 10 to 14 % too wide.
     """
     ends = sigma_max ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
-    y = D_before = sigma_max * z
+    y = D_before = sigma_max * z  # the first D_before does not matter
     for s_before, s, t in zip([math.inf, *levels], levels, levels[1:], strict=False):
         D = y + s**2 * score(y, s)
         r = math.log(s_before / s) / math.log(s / t)  # infinite at first: D' = D, a DDIM step
@@ -223,7 +225,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network inside the denoiser: x (B, C, H, W) and ln sigma (B,) -> like x.
+    """The network inside the denoiser, without attention: x (B, C, H, W), ln sigma (B,) -> like x.
 
     At resolution i (0 is full, 1 is half) are `blocks` blocks of width * mults[i] channels on the
     way down, and again on the way up. H and W must be multiples of 2^(len(mults) - 1), width even.
@@ -365,8 +367,8 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    On disk is the last save, after an epoch or ten minutes: Ctrl-C and a kill write nothing, NaN is
-    not saved. Each step is seeded by (seed, step): on a CPU resumed runs equal uninterrupted ones.
+    checkpoint.pt is saved at each epoch's end and every ten minutes. Ctrl-C and a kill leave it.
+    Noise is seeded by (seed, step), order by (seed, epoch): on a CPU, runs resume bit for bit.
     """
     from tqdm import tqdm
     from common import batches, load
@@ -390,8 +392,6 @@ def train(args):
         net.unet.compile(mode="reduce-overhead")  # on CUDA a CUDA graph
     steps = len(images) // args.batch_size  # per epoch
     total = args.epochs * steps
-    if state["step"] >= total > 0:
-        print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
     save_at = min(end, state["seconds"] + 600)
@@ -418,7 +418,7 @@ def train(args):
 
 
 def save(args, state, parts):
-    """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole, old or new."""
+    """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole. NaN ends the run."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
         sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
     flags = {f: value for f, value in vars(args).items() if f not in [*NOT_SAVED, "checkpoint"]}

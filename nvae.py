@@ -12,7 +12,7 @@ encoder network learns an approximate one, q(z|x). Both networks maximise a lowe
 NVAE (Vahdat & Kautz 2020, arXiv:2007.03898) splits z into groups z_1 ... z_G, feature maps from
 coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on those before it:
     p(z) = prod_i p(z_i | z_<i)        q(z|x) = prod_i q(z_i | z_<i, x)
-`--groups 2 1` means two groups at 1/2 of the resolution and one at 1/4; h is the decoder's state:
+`--groups 2 1`: two groups at 1/2 of the resolution, one at 1/4. Features go to them in reverse:
 
               encoder (bottom-up)                      decoder (top-down)
     32x32     x -> cells                                     cells -> parameters of p(x|z)
@@ -23,17 +23,21 @@ coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on tho
                     v                                          ^
      8x8          cells ------------ feature 1 ------> group 1: h = a learned constant, add z_1
 
-Training draws z_i from q, given h and the feature; sampling draws it from p, given h alone.
+Training draws z_i from q, given the decoder's state h and the feature; sampling from p, given h.
     loss = -log p(x|z) + beta sum_i gamma_i KL_i + lambda sum_l s_l        in nats per image
-beta rises to 1 over 5 % of the run (KL annealing, --kl-warmup), until then gamma_i balances groups
-(kl_loss). s_l is the largest singular value of convolution l (Spectral). Logs are in bits/dim.
+beta rises from 0 to 1 over 5 % of the run (KL annealing). Until then gamma_i balances groups, then
+it is 1 (kl_loss). s_l is the largest singular value of convolution l's weights (Spectral).
 
-Differences from NVAE: p(z_1) is learned, not N(0, I). z_i is added to h, not concatenated. There is
-no BatchNorm, weight normalisation or flow. Residual branches are scaled by 0.3, not 0.1. Decoder
-cells are dense, but see --depthwise. The optimisers are Muon with weight decay and Adam.
-In another project: copy this file. net = NVAE((C, H, W)).to(device), ema = copy.deepcopy(net),
-spectral = Spectral(net), optimizers = make_optimizers(net); each step: training_step(net, spectral,
-optimizers, uint8_images, lr, beta), update_ema(ema, net, step). ema.generate(N).sample() draws.
+Differences from NVAE: p(z_1) is learned, not N(0, I); z_i is added to h, not concatenated; residual
+branches are scaled by 0.3, not 0.1; decoder cells are not depthwise, but see --depthwise; there is
+no BatchNorm, weight normalisation or flow. The optimisers are Muon with weight decay and Adam.
+In another project copy this file alone: it takes uint8 images (N, C, H, W), sides multiples of 4.
+    net = NVAE((C, H, W)).to(device)  # for large images with more groups, such as (12, 8, 4)
+    ema, spectral, optimizers = copy.deepcopy(net), Spectral(net), make_optimizers(net)
+    lr, beta = 0.02 * warmup_cosine(step, total), min(1, step / (0.05 * total))
+    training_step(net, spectral, optimizers, batch, lr, beta)  # on a GPU amp=True: bfloat16
+    update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
+    images = ema.generate(64).sample()
 """
 
 import argparse
@@ -78,7 +82,7 @@ class DMOL:
         P(v) = S(a) - S(b),      a = (x + 1/255 - m) / s,      b = (x - 1/255 - m) / s
     Far from m both are nearly equal, and rounding spoils the difference. As 1 / S(a) = 1 + exp(-a)
     and S(b) exp(-b) = S(-b), it is a product, whose logarithm is accurate everywhere:
-        P(v) = S(a) S(b) (1 / S(b) - 1 / S(a)) = S(a) S(-b) (1 - exp(b - a))
+        S(a) S(b) (1/S(b) - 1/S(a)) = S(a) S(b) (exp(-b) - exp(-a)) = S(a) S(-b) (1 - exp(b - a))
     Byte 0 has no lower end, P = S(a), and 255 no upper end, P = S(-b): the 256 P(v) sum to 1.
     """
 
@@ -203,10 +207,10 @@ class NVAE(nn.Module):
     """Encoder and decoder for images (C, H, W), with H and W multiples of 2^len(groups).
 
     Level i = 0, 1 ... has 1 / 2^i of the resolution, width * mults[i] channels (the last of mults
-    repeats) and, if i > 0, groups[i - 1] groups, each after `cells` cells (the decoder's first: 0).
+    repeats) and, if i > 0, groups[i - 1] groups, each after a cell (the decoder's first: none).
     """
 
-    def __init__(self, shape, width=64, mults=(1, 2, 2), groups=(12, 8), cells=1, depthwise=False):
+    def __init__(self, shape, width=64, mults=(1, 2, 2), groups=(12, 8), depthwise=False):
         super().__init__()
         widths = [width * mults[min(level, len(mults) - 1)] for level in range(len(groups) + 1)]
         self.stem = nn.Conv2d(shape[0], width * mults[0], 3, padding=1)
@@ -215,7 +219,7 @@ class NVAE(nn.Module):
         for level, count in enumerate(groups, start=1):
             stage.append(Cell(widths[level - 1], widths[level], "down"))
             for _ in range(count):
-                stage += [Cell(widths[level], widths[level]) for _ in range(cells)]
+                stage.append(Cell(widths[level], widths[level]))
                 self.encoder.append(nn.Sequential(*stage))
                 stage = []  # of the next group
         H, W = (side // 2 ** len(groups) for side in shape[1:])
@@ -227,7 +231,7 @@ class NVAE(nn.Module):
             c = widths[level]
             for _ in range(groups[level - 1]):
                 if len(self.groups) > 0:  # before the first group, h is a constant
-                    stage += [Cell(c, c, expansion=6 * depthwise) for _ in range(cells)]
+                    stage.append(Cell(c, c, None, 6 * depthwise))
                 self.groups.append(Group(stage, c))
                 alpha.append(math.prod(shape[1:]) / 4**level / groups[level - 1])
                 stage = []
@@ -245,7 +249,7 @@ class NVAE(nn.Module):
         for stage in self.encoder:
             h = stage(h)
             features.append(h)
-        return features[::-1]
+        return features[::-1]  # the last and coarsest is for group 1
 
     def decode(self, features):
         """z from q, given the features of images -> p(x|z), and (z, q, p) of each group."""
@@ -283,7 +287,7 @@ def iw_bound(net, x, K):
     """Importance-weighted bound of log p(x), (B,) in nats (Burda et al. 2016, arXiv:1509.00519).
 
     log p(x) >= E[log(sum_k w_k / K)], w_k = p(x|z) p(z) / q(z|x) for the k-th of K draws z from q.
-    K = 1 estimates the ELBO; with K the bound rises, towards log p(x).
+    K = 1 estimates the ELBO; with K the bound rises, towards log p(x). Minus it is printed.
     """
     features = net.encode(x)
     log_w = []
@@ -295,11 +299,12 @@ def iw_bound(net, x, K):
 
 
 def kl_loss(kl, beta, alpha):
-    """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G): KL balancing.
+    """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G).
 
-    Early on, groups may collapse: q = p, z says nothing. A beta below 1 makes all KL cheap. Until
-    beta is 1, gamma_i makes it cheapest in groups that have little: it is proportional to KL_i /
-    alpha_i, of mean 1, without gradient (appendix A). alpha_i: pixels of a level / its groups.
+    Early on, groups may collapse: q = p, z says nothing. KL annealing is against that: beta, which
+    rises linearly to 1 over 5 % of the run, makes all KL cheap. KL balancing (appendix A) makes it
+    cheapest in groups that have little for their size: gamma_i is KL_i / alpha_i, divided by the
+    mean over groups, without gradient; alpha_i: pixels of a level / its groups. Both end together.
     """
     beta = torch.as_tensor(beta, device=kl.device)
     gamma = (kl.detach().mean(0) + 0.01) / alpha
@@ -308,11 +313,11 @@ def kl_loss(kl, beta, alpha):
 
 
 class Spectral(nn.Module):
-    """lambda times the sum of s_l, the largest singular values of all convolutions (section 3.2).
+    """lambda sum_l s_l, s_l = u^T W v: the largest singular value of convolution l (section 3.2).
 
-    s_l bounds how much layer l amplifies a change of a patch; where changes grow from layer to
-    layer, the KL of an outlier explodes. A convolution is a matrix W (C_out, C_in k k) here.
-    Power iteration, one a step from the last u: v = W^T u, u = W v, normalised; s_l = u^T W v.
+    s_l bounds how much layer l amplifies a change of a patch; if all do, the KL of an outlier may
+    explode. W is a convolution as a matrix (C_out, C_in k k). It changes little in a step: one
+    power iteration from the last u, which is saved, is enough: v = W^T u, u = W v, both normalised.
     """
 
     def __init__(self, net, weight=1e-2):
@@ -350,12 +355,12 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     nll = terms[:, 0].mean()
     kl = terms[:, 1:]
     regulariser = spectral()
-    loss = nll + kl_loss(kl, beta, net.alpha) + regulariser
     net.zero_grad()
-    loss.backward()
+    (nll + kl_loss(kl, beta, net.alpha) + regulariser).backward()
     # Norms are 10 to 40 a dimension. A rare one, such as 500, would dominate the momentum for long.
+    # To clip usual ones, too, costs little: Muon's steps do not depend on the norm.
     nn.utils.clip_grad_norm_(net.parameters(), 30 * images[0].numel())
-    # Muon's steps do not shrink with the gradient: without decay weights grew, and the KL exploded.
+    # Nor do they shrink with it: without weight decay weights grew, and the KL exploded.
     torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.01 * lr)
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
         optimizer.param_groups[0]["lr"] = factor * lr
@@ -475,8 +480,8 @@ class RecordedStep:
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    On disk is the last save, after an epoch or ten minutes: Ctrl-C and a kill write nothing, NaN is
-    not saved. Each step is seeded by (seed, step): on a CPU resumed runs equal uninterrupted ones.
+    checkpoint.pt is saved at each epoch's end and every ten minutes. Ctrl-C and a kill leave it.
+    Noise is seeded by (seed, step), order by (seed, epoch): on a CPU, runs resume bit for bit.
     """
     from tqdm import tqdm
     from common import batches, load
@@ -507,8 +512,6 @@ def train(args):
     step = RecordedStep(step) if recorded else step
     steps = len(images) // args.batch_size  # per epoch
     total = args.epochs * steps
-    if state["step"] >= total > 0:
-        print(f"all {args.epochs} epochs are trained: for more, give --resume a larger --epochs")
     start = time.time() - state["seconds"]
     end = state["seconds"] + 60 * args.time_limit
     save_at = min(end, state["seconds"] + 600)
@@ -518,7 +521,7 @@ def train(args):
         for batch in tqdm(data, f"epoch {epoch + 1}", steps, initial=done, disable=None):
             torch.manual_seed(1_000_003 * args.seed + state["step"] + 1)
             lr = args.lr * warmup_cosine(state["step"], total)
-            beta = min(1.0, (state["step"] + 1) / max(1, args.kl_warmup * total))
+            beta = min(1.0, (state["step"] + 1) / max(1, 0.05 * total))
             state["losses"].append(step(batch, lr, beta).clone())  # the next step overwrites it
             update_ema(ema, net, state["step"])
             state["step"] += 1
@@ -534,7 +537,7 @@ def train(args):
 
 
 def save(args, state, parts):
-    """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole, old or new."""
+    """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole. NaN ends the run."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
         sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
     flags = {f: value for f, value in vars(args).items() if f not in [*NOT_SAVED, "checkpoint"]}
@@ -580,7 +583,7 @@ def sample(args, net, count, shared=0):
 
 @torch.no_grad()
 def evaluate(args, net):
-    """--evaluate: -ELBO; the importance-weighted bound, which is tighter; two pictures."""
+    """--evaluate: -log p(x) <= minus IW bound <= minus ELBO in bits/dim, on average; pictures."""
     from common import load, save_grid
 
     torch.backends.cudnn.allow_tf32 = False  # too coarse for a likelihood
@@ -593,7 +596,7 @@ def evaluate(args, net):
     few = test[chosen]
     iw = [iw_bound(net, scaled(x), args.iw_samples) for x in few.split(args.batch_size)]
     bounds = {"minus ELBO": terms.sum(1), "minus ELBO, fewer images": terms[chosen].sum(1)}
-    bounds[f"importance-weighted, K = {args.iw_samples}"] = -bits_per_dim(torch.cat(iw), few)
+    bounds[f"minus IW bound, K = {args.iw_samples}"] = -bits_per_dim(torch.cat(iw), few)
     for name, bits in bounds.items():
         error = bits.std() / len(bits) ** 0.5
         print(f"{name}: {bits.mean():.4f} bits/dim, standard error {error:.4f}, {len(bits)} images")
@@ -606,7 +609,7 @@ def evaluate(args, net):
 
 # ------------------------------------------------------------------------------------- command line
 
-SIZE = ["width", "mults", "groups", "cells", "depthwise"]  # arguments of NVAE
+SIZE = ["width", "mults", "groups", "depthwise"]  # arguments of NVAE
 FIXED = [*SIZE, "data", "batch_size", "subset", "flip", "seed"]  # --resume must not change these
 NOT_SAVED = ["device", "amp", "compile", "out", "resume", "time_limit", "generate", "evaluate"]
 SMALL = {"width": 24, "groups": [3, 2, 1], "batch_size": 8, "epochs": 8, "subset": 15000}
@@ -628,9 +631,7 @@ def make_parser():
     add("--width", type=int, default=64, help="channels at full resolution")
     add("--mults", type=int, nargs="+", default=[1, 2, 2], help="of width, at 1, 1/2, 1/4 ...")
     add("--groups", type=int, nargs="+", default=[12, 8], help="of latents, at 1/2, 1/4 ...")
-    add("--cells", type=int, default=1, help="residual cells before each group, each way")
     add("--depthwise", action="store_true", help="decoder cells as in the paper")
-    add("--kl-warmup", type=float, default=0.05, help="share of the run until beta is 1")
     add("--small", action="store_true", help="defaults for a CPU: a small network, a short run")
     add("--seed", type=int, default=0, help="of weights, order of images and noise")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or mps")
@@ -675,7 +676,6 @@ def parse(argv=None):
 def main(argv=None):
     """Train, or use a trained model, as the command line says."""
     args = parse(argv)
-    assert args.kl_warmup <= 1, "--kl-warmup is a share of the run, at most 1"
     if not (args.generate or args.evaluate):
         train(args)
         return
