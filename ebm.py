@@ -14,32 +14,32 @@ draw samples by Langevin dynamics, y <- y - h grad E(y) + sqrt(2 h T) z with a s
     sigma  noise level, the standard deviation of the noise, (B,), from SIGMA_MIN to SIGMA_MAX
     y      noisy images, y = x + sigma z; their density is p_sigma
     E      the energy, (B,), of images with any noise; grad E is shaped like y
-    D      the denoiser, D(y) = y - grad E(y), an estimate of x
-    T      the temperature, SIGMA_MIN^2: p models images that have noise of SIGMA_MIN
+    D, T   the denoiser, D(y) = y - grad E(y), an estimate of x; the temperature, SIGMA_MIN^2
 
 1. Denoising score matching (Vincent 2011) is most of training. Let grad E(y) predict sigma z:
        dsm = mean over pixels of (grad E(y) / sigma - z)^2, times a weight
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
-formula. At SIGMA_MIN it is -T grad log p_sigma(y), so p is p_sigma, and data get noise of SIGMA_MIN
-before E is taken. Larger sigma bring samples there. E can see sigma in y (noise_variance): one
-energy serves all (Li et al. 2019, arXiv:1910.07762). Scores leave open the weights of modes that no
-data connect: with two images, one four times as frequent, E differed by 647 T, not T ln 4.
+formula. forward() estimates sigma from y, so one energy serves all levels (Li et al. 2019,
+arXiv:1910.07762). At SIGMA_MIN, where sigma^2 = T, p and p_sigma have the same score around images
+with this noise, so data get it before E is taken. Left open are E where no noisy image is, and thus
+how p weighs separate modes: trained on two images, one four times as frequent, E differed by 647 T,
+not by T ln 4.
 
-2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: E may be low away
-from all noisy images, and long chains go there. The gradient of -T log p with respect to the
-weights is that of E(data) minus the mean of E over p. So descend cd = E(data) - E(samples): the
-samples are Langevin chains in a replay buffer, which go on from step to step (persistent CD,
-Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689; after matching Balcerak et al. 2025,
-arXiv:2504.10612). Matching makes dpm_solver's samples good, CD keeps long chains among images.
+2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: where no noisy
+images are, E may be low, and long chains go there. The gradient of -T log p with respect to the
+weights is that of E(data) minus the mean of that of E over p. So descend cd = E(data) - E(samples);
+the samples are Langevin chains in a replay buffer, which persist from one training step to the next
+(Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689; after matching Balcerak et al.
+2025, arXiv:2504.10612). Matching makes dpm_solver's samples good, CD keeps chains among images.
 
-In another project copy this file alone: it takes uint8 images (N, C, H, W), sides multiples of 8.
-Set SIGMA_DATA to the root mean square of pixels in [-1, 1], SIGMA_MAX to 1.25 times the side.
-    net = EnergyNet((C, H, W)).to(device)  # on a GPU amp=True: bfloat16
+In another project copy this file alone. In it set SIGMA_DATA to the root mean square of pixels in
+[-1, 1], SIGMA_MAX to 1.25 times the side, 80 for 64x64. For uint8 images (N, C, H, W):
+    net = EnergyNet((C, H, W)).to(device)  # H and W multiples of 8
     ema, optimizers = copy.deepcopy(net), make_optimizers(net)
     training_step(net, optimizers, batch, lr=0.02 * warmup_cosine(step, total))
     update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
-    # For CD, 5 % more: chains=dequantise(images[: 8 * B]), a fifth of lr, and step from 0 again.
-    images = quantise(dpm_solver(ema.grad_E, z))
+    samples = quantise(dpm_solver(ema.grad_E, z))
+For CD at the end of a run training_step gets lr and chains as from enter_phase().
 """
 
 import argparse
@@ -94,25 +94,25 @@ def dsm_loss(net, x, sigma):
     return (weight * (net.grad_E(x + s * z) / s - z).square()).mean((1, 2, 3))
 
 
-def cd_loss(net, x, chains, steps=10, restart=0.01, margin=0.3):
+def cd_loss(net, x, chains, steps=10, h=0.3, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
 
-    Of the chains (N, C, H, W), at first training images, B take `steps` Langevin steps and go back;
-    a fraction `restart` of these starts anew, from noise. With N = 8 B each has a turn every eighth
-    step and lives for about 1,000 Langevin steps. The hinge leaves out chains of energies a margin
-    above data's, such as new ones. Maximum likelihood: exact samples of p, no hinge, no dsm beside.
+    The chains (N, C, H, W), N = 8 B, start as training images. Each time B of them, at random, take
+    `steps` Langevin steps, before which a fraction `restart` becomes noise. h is above langevin()'s
+    default, as slow chains raise E where they are and nowhere else. The hinge leaves out chains of
+    energies a margin above data's. Maximum likelihood has exact samples, and no hinge or dsm.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
     start = torch.where(anew, SIGMA_MAX * torch.randn_like(chains[slots]), chains[slots])
-    chains[slots] = langevin(net.grad_E, start, steps)  # back into the buffer, without a gradient
+    chains[slots] = langevin(net.grad_E, start, steps, h)  # into the buffer, without a gradient
     E_data = nats_per_dim(net, x + SIGMA_MIN * torch.randn_like(x))  # positive phase, noise as in p
     E_samples = nats_per_dim(net, chains[slots])  # negative phase
     return F.relu(margin + E_data.mean() - E_samples).mean()  # cd + margin, where above 0
 
 
 def nats_per_dim(net, y, batch_size=256):
-    """-log p per dimension but for ln Z, (B,): E / (T C H W). About 1 for CIFAR-10 and chains."""
+    """E / (T C H W), (B,): -log p per dimension, up to a constant, so that only gaps count."""
     return torch.cat([net(part) for part in y.split(batch_size)]) / (T * y[0].numel())
 
 
@@ -120,8 +120,8 @@ def nats_per_dim(net, y, batch_size=256):
 def langevin(grad_E, y, steps, h=0.1, temperature=T):
     """Langevin dynamics for p, from y (B, C, H, W).
 
-    Noise of variance 2 h T is right for small h. Near an image a, where E is |y - a|^2 / 2,
-    h (2 - h) T is right for any h < 2: a variance v becomes (1 - h)^2 v + h (2 - h) T, T stays T.
+    Noise of variance 2 h T suits small h. Near an image a, where E is |y - a|^2 / 2, variances v
+    become (1 - h)^2 v + h (2 - h) T, and T stays T. In flat directions they are h / 2 too small.
     """
     for _ in range(steps):
         y = y - h * grad_E(y) + math.sqrt(h * (2 - h) * temperature) * torch.randn_like(y)
@@ -136,8 +136,8 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
     y <- (t/s) y + (1 - t/s) D would be exact. D changes; D', extrapolated in ln sigma, replaces it:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    The ODE chooses the mode of y, about as often as data are there, so y is no exact sample of p.
-    Langevin steps bring it nearer to p within the mode; D(y) takes away the noise that p has.
+    The ODE reaches modes about as often as data do. p may weigh them otherwise: y is a sample of p
+    only within its mode, and not before the Langevin steps. D(y) takes away the noise of p.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -158,7 +158,7 @@ def noise_variance(y):
     """An estimate of sigma^2, (B, 1, 1, 1), from noisy images y (B, C, H, W).
 
     Differences along both axes, d = y[i,j] - y[i,j+1] - y[i+1,j] + y[i+1,j+1], cancel most of an
-    image. Noise leaves a variance of 4 sigma^2, plus texture (CIFAR-10's is like sigma = 0.07).
+    image. Noise leaves a variance of 4 sigma^2, and texture some; on CIFAR-10 that of sigma 0.07.
     """
     d = y.diff(dim=2).diff(dim=3)
     return d.square().mean((1, 2, 3), keepdim=True) / 4 + 1e-4  # above 0: its root has a gradient
@@ -361,8 +361,8 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    checkpoint.pt is saved at each epoch's end and every ten minutes. Ctrl-C and a kill leave it.
-    Noise is seeded by (seed, step), order by (seed, epoch): on a CPU, runs resume bit for bit.
+    After Ctrl-C, a kill or NaN checkpoint.pt is the last one saved, at most ten minutes before.
+    Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
     from common import batches, load
@@ -432,6 +432,7 @@ def finish_epoch(args, state, ema, test):
     row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
     row["train loss"] = torch.stack(state["losses"]).median().item()  # a rare one is huge
     row["test loss"] = torch.cat(losses).mean().item()
+    # CD's chains should have the energy of test images: 0.8 on CIFAR-10, 0.2 of it by p's noise.
     row["E data"] = nats_per_dim(ema, x + SIGMA_MIN * torch.randn_like(x)).mean().item()
     cd = state["cd"]  # chains from noise have huge energies: hence the median
     row["E samples"] = nats_per_dim(ema, cd["chains"]).median().item() if cd else None
@@ -475,9 +476,8 @@ def evaluate(args, nets):
         E_test, E_colours, E_ood = nats_per_dim(net, x).split([len(kind) for kind in kinds])
         print(f"AUROC {when} CD: constant colours {auroc(E_test, E_colours):.3f}", end=", ")
         print(f"{args.ood} {auroc(E_test, E_ood):.3f}")
-    x = dequantise(test[:4].to(args.device))
-    z = torch.randn_like(x)
-    chains = [torch.cat([dpm_solver(net.grad_E, z), x]) for net in nets]
+    z = torch.randn_like(x[:4])
+    chains = [torch.cat([dpm_solver(net.grad_E, z), x[:4]]) for net in nets]
     rows = []
     for steps in 0, 1, 2, 7, 20, 70, 200:  # added, 300 in all
         for i, net in enumerate(nets):

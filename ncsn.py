@@ -23,12 +23,12 @@ Proof: p_sigma(y) = E_x[N(y; x, sigma^2 I)], and grad_y N = N (x - y) / sigma^2.
 by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | y] / sigma^2.
 
 Preconditioning, continuous sigma and U-Net are EDM's (Karras et al. 2022, arXiv:2206.00364).
-In another project copy this file alone: it takes uint8 images (N, C, H, W), sides multiples of 4.
-    net = Denoiser(**measure(images)).to(device)  # on a GPU amp=True: bfloat16
+In another project copy this file alone. Other images, such as grey ones of 64x64, need no changes:
+    net = Denoiser(**measure(images)).to(device)  # uint8 (N, C, H, W); H and W multiples of 4
     ema, optimizers = copy.deepcopy(net), make_optimizers(net)
     training_step(net, optimizers, batch, lr=0.02 * warmup_cosine(step, total))
     update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
-    images = quantise(dpm_solver(ema.score, z, net.sigma_max))
+    samples = quantise(dpm_solver(ema.score, z, net.sigma_max))
 """
 
 import argparse
@@ -60,14 +60,14 @@ def quantise(x):
     return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 
 
-SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s own noise (NCSN: 0.02)
+SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s own noise (NCSN: 0.02 here)
 
 
 def measure(images):
     """The arguments of Denoiser that depend on the uint8 images (N, C, H, W).
 
     sigma_data: root mean square of the pixels. sigma_max: largest distance between two images
-    (2020, technique 1) or norm: so much noise hides which image it was, and sampling starts there.
+    (2020, technique 1) or from 0: so much noise hides which image it was; sampling starts there.
     """
     x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # fewer than 10,000 of all
     sigma_data = x.square().mean().sqrt().item()
@@ -110,10 +110,10 @@ class Denoiser(nn.Module):
 
 
 def sample_sigma(net, x):
-    """Random noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
+    """Stratified noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
 
     Half are 0.28 to 1.3 sigma_data: less noise hides only texture, more leaves little but colours.
-    Ends: SIGMA_MIN, dequantise()'s own noise; sigma_max (measure). Stratified: one u in each 1/B.
+    Ends: SIGMA_MIN, dequantise()'s noise, and sigma_max, the largest distance of images (measure).
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))
@@ -140,7 +140,7 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
     The ODE is dy/dsigma = -sigma score(y, sigma) = (y - D) / sigma. If y has density p_sigma at the
     start, its density is p_sigma at every smaller sigma, too (Song et al. 2021, arXiv:2011.13456).
     Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D, a step of DDIM, would be exact. D
-    changes: D', extrapolated to mid-step from the last two levels in ln sigma, takes its place:
+    changes: D', extrapolated in ln sigma from the last two levels to mid-step, takes its place:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
     Calls: `count`. The error falls as 1 / count^2: at 12, Gaussians come out 10 to 14 % too wide.
     """
@@ -160,7 +160,7 @@ def langevin(score, z, sigma_max):
     """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
 
     Levels (2020, technique 2): |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2), dim = C H W.
-    The next mean is 3 of this level's standard deviations lower. So sigma falls by a factor
+    The next mean is 3 of this level's standard deviations lower: levels overlap. Sigma falls by
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
     score = -y / sigma^2, and its variance sigma^2 stays, as (1 - h)^2 + h (2 - h) = 1.
@@ -367,8 +367,8 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    checkpoint.pt is saved at each epoch's end and every ten minutes. Ctrl-C and a kill leave it.
-    Noise is seeded by (seed, step), order by (seed, epoch): on a CPU, runs resume bit for bit.
+    After Ctrl-C, a kill or NaN checkpoint.pt is the last one saved, at most ten minutes before.
+    Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
     from common import batches, load
@@ -404,7 +404,7 @@ def train(args):
             state["losses"].append(training_step(net, (muon, adam), batch, lr))
             update_ema(ema, net, state["step"])
             state["step"] += 1
-            if state["step"] <= total // 10:  # for autoguided()
+            if state["step"] <= total // 10:  # the worse score of autoguided()
                 parts["guide"].load_state_dict(ema.state_dict())
             state["seconds"] = time.time() - start
             if state["seconds"] > save_at:
@@ -471,12 +471,12 @@ def bits_per_dim(x, sigmas, errors):
     errors (N, L) are mean((D - x)^2) at the noise levels sigmas (L,), from s up to S. The bound is
     -ELBO with noisy images as latent variables (Kingma et al. 2021, arXiv:2107.00630), in nats:
         ln(2 pi e s^2) / 2 + mean(x^2) / (2 S^2) + integral of mean((D - x)^2) / sigma^2 d ln sigma
-    reconstruction (entropy of s z), prior (KL of x + S z from S z), and KLs of all steps between.
+    reconstruction (entropy of s z), prior (KL of x + S z from S z), KLs of infinitely many steps.
     """
     entropy = math.log(2 * math.pi * math.e * sigmas[0] ** 2) / 2
     prior = x.square().mean((1, 2, 3)) / (2 * sigmas[-1] ** 2)
     path = torch.trapezoid(errors / sigmas**2, sigmas.log())
-    return 7 + (entropy + prior + path) / math.log(2)  # 7: the bin of a byte is 2^-7 wide
+    return 7 + (entropy + prior + path) / math.log(2)  # -log2 P(byte) <= 7 - E log2 p, by Jensen
 
 
 @torch.no_grad()
@@ -539,7 +539,7 @@ def make_parser():
     add("--generate", type=int, metavar="N", help="draw N samples as PNG files, do not train")
     add("--evaluate", action="store_true", help="measure loss and bits/dim, do not train")
     add("--sampler", default="dpm", choices=["dpm", "langevin", "ideal"], help="how to sample")
-    add("--guidance", type=float, default=1.0, help="of --generate: 2 looks better, 1 draws from p")
+    add("--guidance", type=float, default=1.0, help="of --generate: 1 is none, 1.8 looks better")
     parser.set_defaults(checkpoint=None)
     return parser
 

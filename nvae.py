@@ -12,7 +12,7 @@ encoder network learns an approximate one, q(z|x). Both networks maximise a lowe
 NVAE (Vahdat & Kautz 2020, arXiv:2007.03898) splits z into groups z_1 ... z_G, feature maps from
 coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on those before it:
     p(z) = prod_i p(z_i | z_<i)        q(z|x) = prod_i q(z_i | z_<i, x)
-`--groups 2 1`: two groups at 1/2 of the resolution, one at 1/4. Features go to them in reverse:
+`--groups 2 1`: two groups at 1/2 of the resolution, one at 1/4. The last feature is for group 1:
 
               encoder (bottom-up)                      decoder (top-down)
     32x32     x -> cells                                     cells -> parameters of p(x|z)
@@ -31,13 +31,13 @@ it is 1 (kl_loss). s_l is the largest singular value of convolution l's weights 
 Differences from NVAE: p(z_1) is learned, not N(0, I); z_i is added to h, not concatenated; residual
 branches are scaled by 0.3, not 0.1; decoder cells are not depthwise, but see --depthwise; there is
 no BatchNorm, weight normalisation or flow. The optimisers are Muon with weight decay and Adam.
-In another project copy this file alone: it takes uint8 images (N, C, H, W), sides multiples of 4.
-    net = NVAE((C, H, W)).to(device)  # for large images with more groups, such as (12, 8, 4)
+In another project copy this file alone. It takes uint8 images (N, C, H, W). For grey ones of 64x64:
+    net = NVAE((1, 64, 64), groups=(12, 8, 4)).to(device)
     ema, spectral, optimizers = copy.deepcopy(net), Spectral(net), make_optimizers(net)
-    lr, beta = 0.02 * warmup_cosine(step, total), min(1, step / (0.05 * total))
+    lr, beta = 0.02 * warmup_cosine(step, total), min(1, (step + 1) / (0.05 * total))
     training_step(net, spectral, optimizers, batch, lr, beta)  # on a GPU amp=True: bfloat16
     update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
-    images = ema.generate(64).sample()
+    samples = ema.generate(16).sample()
 """
 
 import argparse
@@ -115,7 +115,7 @@ class DMOL:
         return log_component.logsumexp(1).sum((1, 2))
 
     def sample(self, temperature=1.0):
-        """uint8 images (B, C, H, W). The temperature multiplies s and divides the logits."""
+        """uint8 images (B, C, H, W). The temperature multiplies s, divides logits; exact at 1."""
         weights = Categorical(logits=self.logits.movedim(1, -1) / max(temperature, 1e-9))
         component = weights.sample()[:, None, None]  # (B, 1, 1, H, W)
         u = torch.rand_like(self.means).clamp(1e-5, 1 - 1e-5)
@@ -303,8 +303,8 @@ def kl_loss(kl, beta, alpha):
 
     Early on, groups may collapse: q = p, z says nothing. KL annealing is against that: beta, which
     rises linearly to 1 over 5 % of the run, makes all KL cheap. KL balancing (appendix A) makes it
-    cheapest in groups that have little for their size: gamma_i is KL_i / alpha_i, divided by the
-    mean over groups, without gradient; alpha_i: pixels of a level / its groups. Both end together.
+    cheapest in groups that have little: gamma_i is KL_i / alpha_i, divided by its mean over groups,
+    without gradient; alpha_i = pixels of the level / groups of the level. Both end together.
     """
     beta = torch.as_tensor(beta, device=kl.device)
     gamma = (kl.detach().mean(0) + 0.01) / alpha
@@ -315,8 +315,8 @@ def kl_loss(kl, beta, alpha):
 class Spectral(nn.Module):
     """lambda sum_l s_l, s_l = u^T W v: the largest singular value of convolution l (section 3.2).
 
-    s_l bounds how much layer l amplifies a change of a patch; if all do, the KL of an outlier may
-    explode. W is a convolution as a matrix (C_out, C_in k k). It changes little in a step: one
+    s_l bounds how much layer l amplifies a change of a patch; if all amplify, the KL of an outlier
+    explodes. W is a convolution as a matrix (C_out, C_in k k). It changes little in a step: one
     power iteration from the last u, which is saved, is enough: v = W^T u, u = W v, both normalised.
     """
 
@@ -358,9 +358,9 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     net.zero_grad()
     (nll + kl_loss(kl, beta, net.alpha) + regulariser).backward()
     # Norms are 10 to 40 a dimension. A rare one, such as 500, would dominate the momentum for long.
-    # To clip usual ones, too, costs little: Muon's steps do not depend on the norm.
+    # To clip usual ones costs little: the length of Muon's steps does not depend on the gradient's.
     nn.utils.clip_grad_norm_(net.parameters(), 30 * images[0].numel())
-    # Nor do they shrink with it: without weight decay weights grew, and the KL exploded.
+    # Nor do steps get shorter near a minimum: without decay weights grew, and the KL exploded.
     torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.01 * lr)
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
         optimizer.param_groups[0]["lr"] = factor * lr
@@ -480,8 +480,8 @@ class RecordedStep:
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    checkpoint.pt is saved at each epoch's end and every ten minutes. Ctrl-C and a kill leave it.
-    Noise is seeded by (seed, step), order by (seed, epoch): on a CPU, runs resume bit for bit.
+    After Ctrl-C, a kill or NaN checkpoint.pt is the last one saved, at most ten minutes before.
+    Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
     from common import batches, load
@@ -574,7 +574,7 @@ def finish_epoch(args, state, ema, test):
 
 
 def sample(args, net, count, shared=0):
-    """`count` uint8 images, the same at each call; up to 8 can share z_1 ... z_shared."""
+    """`count` uint8 images, from p if both temperatures are 1; at most 8 share z_1 ... z_shared."""
     torch.manual_seed(args.seed)
     size = min(count, max(8, args.batch_size))
     draws = (net.generate(size, args.temperature, shared) for _ in range(0, count, size))
@@ -643,8 +643,8 @@ def make_parser():
     add("--sample-every", type=int, default=5, metavar="EPOCHS", help="draw samples that often")
     add("--generate", type=int, metavar="N", help="draw N samples as PNG files, do not train")
     add("--evaluate", action="store_true", help="measure bits/dim, do not train")
-    add("--temperature", type=float, default=1.0, help="of p(z); exact draws have 1 in both")
-    add("--pixel-temperature", type=float, default=0.5, help="of p(x|z), smoother below 1")
+    add("--temperature", type=float, default=1.0, help="of p(z); 1: draws from the model")
+    add("--pixel-temperature", type=float, default=0.5, help="of p(x|z); below 1 smoother")
     add("--iw-samples", type=int, default=20, metavar="K", help="of the importance-weighted bound")
     parser.set_defaults(checkpoint=None)
     return parser
