@@ -21,7 +21,7 @@ draw samples by Langevin dynamics, y <- y - h grad E(y) + sqrt(2 h T) z with a s
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
 formula. forward() estimates sigma from y, so one energy serves all levels (Li et al. 2019,
 arXiv:1910.07762). At SIGMA_MIN, where sigma^2 = T, p and p_sigma have the same score around images
-with this noise, so data get it before E is taken. Left open are E where no noisy image is, and thus
+with this noise, so cd_loss adds it to data. Left open are E where no noisy image is, and thus
 how p weighs separate modes: trained on two images, one four times as frequent, E differed by 647 T,
 not by T ln 4.
 
@@ -29,7 +29,7 @@ not by T ln 4.
 images are, E may be low, and long chains go there. The gradient of -T log p with respect to the
 weights is that of E(data) minus the mean of that of E over p. So descend cd = E(data) - E(samples);
 the samples are Langevin chains in a replay buffer, which persist from one training step to the next
-(Tieleman 2008; for images Du & Mordatch 2019, arXiv:1903.08689; after matching Balcerak et al.
+(Tieleman 2008; images: Du & Mordatch 2019, arXiv:1903.08689; after flow matching: Balcerak et al.
 2025, arXiv:2504.10612). Matching makes dpm_solver's samples good, CD keeps chains among images.
 
 In another project copy this file alone. In it set SIGMA_DATA to the root mean square of pixels in
@@ -39,7 +39,7 @@ In another project copy this file alone. In it set SIGMA_DATA to the root mean s
     training_step(net, optimizers, batch, lr=0.02 * warmup_cosine(step, total))
     update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
     samples = quantise(dpm_solver(ema.grad_E, z))
-For CD at the end of a run training_step gets lr and chains as from enter_phase().
+For CD, step (for update_ema, too), lr and chains are those of enter_phase(), called as in train().
 """
 
 import argparse
@@ -99,8 +99,8 @@ def cd_loss(net, x, chains, steps=10, h=0.3, restart=0.01, margin=0.3):
 
     The chains (N, C, H, W), N = 8 B, start as training images. Each time B of them, at random, take
     `steps` Langevin steps, before which a fraction `restart` becomes noise. h is above langevin()'s
-    default, as slow chains raise E where they are and nowhere else. The hinge leaves out chains of
-    energies a margin above data's. Maximum likelihood has exact samples, and no hinge or dsm.
+    default, as CD raises E only where chains are, and slow ones stay there. The hinge leaves out
+    chains with energies a margin above data's. Maximum likelihood has neither hinge nor dsm.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
@@ -112,7 +112,7 @@ def cd_loss(net, x, chains, steps=10, h=0.3, restart=0.01, margin=0.3):
 
 
 def nats_per_dim(net, y, batch_size=256):
-    """E / (T C H W), (B,): -log p per dimension, up to a constant, so that only gaps count."""
+    """E / (T C H W), (B,): -log p per dimension, up to a constant: only differences count."""
     return torch.cat([net(part) for part in y.split(batch_size)]) / (T * y[0].numel())
 
 
@@ -121,7 +121,7 @@ def langevin(grad_E, y, steps, h=0.1, temperature=T):
     """Langevin dynamics for p, from y (B, C, H, W).
 
     Noise of variance 2 h T suits small h. Near an image a, where E is |y - a|^2 / 2, variances v
-    become (1 - h)^2 v + h (2 - h) T, and T stays T. In flat directions they are h / 2 too small.
+    become (1 - h)^2 v + h (2 - h) T, and T stays T. In flat ones v ends a fraction h / 2 too small.
     """
     for _ in range(steps):
         y = y - h * grad_E(y) + math.sqrt(h * (2 - h) * temperature) * torch.randn_like(y)
@@ -136,7 +136,7 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
     y <- (t/s) y + (1 - t/s) D would be exact. D changes; D', extrapolated in ln sigma, replaces it:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    The ODE reaches modes about as often as data do. p may weigh them otherwise: y is a sample of p
+    The ODE ends in a mode about as often as data do. p may weigh them otherwise: y is a sample of p
     only within its mode, and not before the Langevin steps. D(y) takes away the noise of p.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
@@ -158,7 +158,7 @@ def noise_variance(y):
     """An estimate of sigma^2, (B, 1, 1, 1), from noisy images y (B, C, H, W).
 
     Differences along both axes, d = y[i,j] - y[i,j+1] - y[i+1,j] + y[i+1,j+1], cancel most of an
-    image. Noise leaves a variance of 4 sigma^2, and texture some; on CIFAR-10 that of sigma 0.07.
+    image. Noise leaves a variance of 4 sigma^2; texture adds some, on CIFAR-10 like sigma = 0.07.
     """
     d = y.diff(dim=2).diff(dim=3)
     return d.square().mean((1, 2, 3), keepdim=True) / 4 + 1e-4  # above 0: its root has a gradient
@@ -361,7 +361,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    After Ctrl-C, a kill or NaN checkpoint.pt is the last one saved, at most ten minutes before.
+    After Ctrl-C, a kill or NaN, checkpoint.pt is the last one saved, at most ten minutes before.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -432,7 +432,7 @@ def finish_epoch(args, state, ema, test):
     row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
     row["train loss"] = torch.stack(state["losses"]).median().item()  # a rare one is huge
     row["test loss"] = torch.cat(losses).mean().item()
-    # CD's chains should have the energy of test images: 0.8 on CIFAR-10, 0.2 of it by p's noise.
+    # CD's chains should have the energy of test images: 0.8 on CIFAR-10, 0.3 of it by p's noise.
     row["E data"] = nats_per_dim(ema, x + SIGMA_MIN * torch.randn_like(x)).mean().item()
     cd = state["cd"]  # chains from noise have huge energies: hence the median
     row["E samples"] = nats_per_dim(ema, cd["chains"]).median().item() if cd else None
@@ -538,7 +538,7 @@ def parse(argv=None):
         if not path.exists():
             sys.exit(f"no {path}: train first, or name the folder of a run with --out")
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-        assert checkpoint["args"].keys() <= vars(args).keys(), f"{path} is of another script"
+        assert checkpoint["args"].keys() <= vars(args).keys(), f"{path}: another script or version"
         parser.set_defaults(checkpoint=checkpoint, **checkpoint["args"])
     elif path.exists():
         sys.exit(f"{path} exists: go on with --resume, or name another folder with --out")

@@ -22,7 +22,7 @@ The best D is the posterior mean E[x | y], and by Tweedie's formula it gives the
 Proof: p_sigma(y) = E_x[N(y; x, sigma^2 I)], and grad_y N = N (x - y) / sigma^2. Divide by p_sigma:
 by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | y] / sigma^2.
 
-Preconditioning, continuous sigma and U-Net are EDM's (Karras et al. 2022, arXiv:2206.00364).
+Preconditioning, continuous sigma and U-Net follow EDM (Karras et al. 2022, arXiv:2206.00364).
 In another project copy this file alone. Other images, such as grey ones of 64x64, need no changes:
     net = Denoiser(**measure(images)).to(device)  # uint8 (N, C, H, W); H and W multiples of 4
     ema, optimizers = copy.deepcopy(net), make_optimizers(net)
@@ -60,7 +60,7 @@ def quantise(x):
     return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 
 
-SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s own noise (NCSN: 0.02 here)
+SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s noise (NCSN: .01 in [0, 1])
 
 
 def measure(images):
@@ -113,7 +113,7 @@ def sample_sigma(net, x):
     """Stratified noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
 
     Half are 0.28 to 1.3 sigma_data: less noise hides only texture, more leaves little but colours.
-    Ends: SIGMA_MIN, dequantise()'s noise, and sigma_max, the largest distance of images (measure).
+    Ends: SIGMA_MIN, dequantise()'s noise, and sigma_max, the largest distance between images.
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))
@@ -142,7 +142,7 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
     Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D, a step of DDIM, would be exact. D
     changes: D', extrapolated in ln sigma from the last two levels to mid-step, takes its place:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    Calls: `count`. The error falls as 1 / count^2: at 12, Gaussians come out 10 to 14 % too wide.
+    Calls: `count`. The error falls as 1 / count^2: at 12, stds of 0.1 to 2 grow by 10 to 14 %.
     """
     ends = sigma_max ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -160,7 +160,7 @@ def langevin(score, z, sigma_max):
     """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
 
     Levels (2020, technique 2): |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2), dim = C H W.
-    The next mean is 3 of this level's standard deviations lower: levels overlap. Sigma falls by
+    The next mean is 3 of this level's standard deviations lower: levels overlap. Their ratio is
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
     score = -y / sigma^2, and its variance sigma^2 stays, as (1 - h)^2 + h (2 - h) = 1.
@@ -367,7 +367,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    After Ctrl-C, a kill or NaN checkpoint.pt is the last one saved, at most ten minutes before.
+    After Ctrl-C, a kill or NaN, checkpoint.pt is the last one saved, at most ten minutes before.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -554,7 +554,7 @@ def parse(argv=None):
         if not path.exists():
             sys.exit(f"no {path}: train first, or name the folder of a run with --out")
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-        assert checkpoint["args"].keys() <= vars(args).keys(), f"{path} is of another script"
+        assert checkpoint["args"].keys() <= vars(args).keys(), f"{path}: another script or version"
         parser.set_defaults(checkpoint=checkpoint, **checkpoint["args"])
     elif path.exists():
         sys.exit(f"{path} exists: go on with --resume, or name another folder with --out")

@@ -12,7 +12,7 @@ encoder network learns an approximate one, q(z|x). Both networks maximise a lowe
 NVAE (Vahdat & Kautz 2020, arXiv:2007.03898) splits z into groups z_1 ... z_G, feature maps from
 coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on those before it:
     p(z) = prod_i p(z_i | z_<i)        q(z|x) = prod_i q(z_i | z_<i, x)
-`--groups 2 1`: two groups at 1/2 of the resolution, one at 1/4. The last feature is for group 1:
+`--groups 2 1`: two groups at 1/2 of the resolution, one at 1/4. Feature 1 is the encoder's last:
 
               encoder (bottom-up)                      decoder (top-down)
     32x32     x -> cells                                     cells -> parameters of p(x|z)
@@ -25,8 +25,8 @@ coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on tho
 
 Training draws z_i from q, given the decoder's state h and the feature; sampling from p, given h.
     loss = -log p(x|z) + beta sum_i gamma_i KL_i + lambda sum_l s_l        in nats per image
-beta rises from 0 to 1 over 5 % of the run (KL annealing). Until then gamma_i balances groups, then
-it is 1 (kl_loss). s_l is the largest singular value of convolution l's weights (Spectral).
+beta rises from 0 to 1 over the first 5 % of the run (KL annealing); gamma_i balances groups until
+then, and is 1 later (kl_loss). s_l: largest singular value of convolution l's weights (Spectral).
 
 Differences from NVAE: p(z_1) is learned, not N(0, I); z_i is added to h, not concatenated; residual
 branches are scaled by 0.3, not 0.1; decoder cells are not depthwise, but see --depthwise; there is
@@ -249,7 +249,7 @@ class NVAE(nn.Module):
         for stage in self.encoder:
             h = stage(h)
             features.append(h)
-        return features[::-1]  # the last and coarsest is for group 1
+        return features[::-1]  # from the coarsest, for group 1, to the finest
 
     def decode(self, features):
         """z from q, given the features of images -> p(x|z), and (z, q, p) of each group."""
@@ -287,7 +287,7 @@ def iw_bound(net, x, K):
     """Importance-weighted bound of log p(x), (B,) in nats (Burda et al. 2016, arXiv:1509.00519).
 
     log p(x) >= E[log(sum_k w_k / K)], w_k = p(x|z) p(z) / q(z|x) for the k-th of K draws z from q.
-    K = 1 estimates the ELBO; with K the bound rises, towards log p(x). Minus it is printed.
+    K = 1 estimates the ELBO; with K the bound rises, towards log p(x). evaluate() prints minus it.
     """
     features = net.encode(x)
     log_w = []
@@ -301,7 +301,7 @@ def iw_bound(net, x, K):
 def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G).
 
-    Early on, groups may collapse: q = p, z says nothing. KL annealing is against that: beta, which
+    Early on, groups may collapse: q = p, z says nothing. KL annealing counters that: beta, which
     rises linearly to 1 over 5 % of the run, makes all KL cheap. KL balancing (appendix A) makes it
     cheapest in groups that have little: gamma_i is KL_i / alpha_i, divided by its mean over groups,
     without gradient; alpha_i = pixels of the level / groups of the level. Both end together.
@@ -358,9 +358,9 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     net.zero_grad()
     (nll + kl_loss(kl, beta, net.alpha) + regulariser).backward()
     # Norms are 10 to 40 a dimension. A rare one, such as 500, would dominate the momentum for long.
-    # To clip usual ones costs little: the length of Muon's steps does not depend on the gradient's.
+    # Clipping usual ones costs little: the size of Muon's steps does not depend on the gradient's.
     nn.utils.clip_grad_norm_(net.parameters(), 30 * images[0].numel())
-    # Nor do steps get shorter near a minimum: without decay weights grew, and the KL exploded.
+    # Muon's steps do not shrink near a minimum: without decay weights grew, and the KL exploded.
     torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.01 * lr)
     for optimizer, factor in zip(optimizers, (1, 0.1), strict=True):
         optimizer.param_groups[0]["lr"] = factor * lr
@@ -480,7 +480,7 @@ class RecordedStep:
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    After Ctrl-C, a kill or NaN checkpoint.pt is the last one saved, at most ten minutes before.
+    After Ctrl-C, a kill or NaN, checkpoint.pt is the last one saved, at most ten minutes before.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -574,7 +574,7 @@ def finish_epoch(args, state, ema, test):
 
 
 def sample(args, net, count, shared=0):
-    """`count` uint8 images, from p if both temperatures are 1; at most 8 share z_1 ... z_shared."""
+    """`count` uint8 images, from p if both temperatures are 1; a batch shares z_1 ... z_shared."""
     torch.manual_seed(args.seed)
     size = min(count, max(8, args.batch_size))
     draws = (net.generate(size, args.temperature, shared) for _ in range(0, count, size))
@@ -643,7 +643,7 @@ def make_parser():
     add("--sample-every", type=int, default=5, metavar="EPOCHS", help="draw samples that often")
     add("--generate", type=int, metavar="N", help="draw N samples as PNG files, do not train")
     add("--evaluate", action="store_true", help="measure bits/dim, do not train")
-    add("--temperature", type=float, default=1.0, help="of p(z); 1: draws from the model")
+    add("--temperature", type=float, default=1.0, help="of p(z); with both at 1 exact draws")
     add("--pixel-temperature", type=float, default=0.5, help="of p(x|z); below 1 smoother")
     add("--iw-samples", type=int, default=20, metavar="K", help="of the importance-weighted bound")
     parser.set_defaults(checkpoint=None)
@@ -660,7 +660,7 @@ def parse(argv=None):
         if not path.exists():
             sys.exit(f"no {path}: train first, or name the folder of a run with --out")
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-        assert checkpoint["args"].keys() <= vars(args).keys(), f"{path} is of another script"
+        assert checkpoint["args"].keys() <= vars(args).keys(), f"{path}: another script or version"
         parser.set_defaults(checkpoint=checkpoint, **checkpoint["args"])
     elif path.exists():
         sys.exit(f"{path} exists: go on with --resume, or name another folder with --out")
