@@ -27,7 +27,7 @@ not by T ln 4.
 
 2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: where no noisy
 images are, E may be low, and long chains go there. The gradient of -T log p with respect to the
-weights is that of E(data) minus the mean of that of E over p. So descend cd = E(data) - E(samples);
+weights is that of E(data) minus its mean over samples of p. So descend cd = E(data) - E(samples):
 the samples are Langevin chains in a replay buffer, which persist from one training step to the next
 (Tieleman 2008; images: Du & Mordatch 2019, arXiv:1903.08689; after flow matching: Balcerak et al.
 2025, arXiv:2504.10612). Matching makes dpm_solver's samples good, CD keeps chains among images.
@@ -98,9 +98,9 @@ def cd_loss(net, x, chains, steps=10, h=0.3, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
 
     The chains (N, C, H, W), N = 8 B, start as training images. Each time B of them, at random, take
-    `steps` Langevin steps, before which a fraction `restart` becomes noise. h is above langevin()'s
-    default, as CD raises E only where chains are, and slow ones stay there. The hinge leaves out
-    chains with energies a margin above data's. Maximum likelihood has neither hinge nor dsm.
+    `steps` Langevin steps; before, a fraction `restart` becomes noise: on average each has its turn
+    every 8th time, with a new start every 100th turn. h is large, as CD raises E only where chains
+    are. The hinge leaves out chains a margin above data's E. Maximum likelihood: no hinge, no dsm.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
@@ -121,7 +121,7 @@ def langevin(grad_E, y, steps, h=0.1, temperature=T):
     """Langevin dynamics for p, from y (B, C, H, W).
 
     Noise of variance 2 h T suits small h. Near an image a, where E is |y - a|^2 / 2, variances v
-    become (1 - h)^2 v + h (2 - h) T, and T stays T. In flat ones v ends a fraction h / 2 too small.
+    become (1 - h)^2 v + h (2 - h) T: T stays T. In flat directions they lose a fraction h / 2.
     """
     for _ in range(steps):
         y = y - h * grad_E(y) + math.sqrt(h * (2 - h) * temperature) * torch.randn_like(y)

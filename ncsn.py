@@ -81,7 +81,7 @@ class Denoiser(nn.Module):
     EDM's preconditioning scales inputs and targets of a network, unet, to mean square 1:
         D(y, sigma) = c_skip y + c_out unet(c_in y, ln sigma)
     y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the multiple of y nearest to
-    x, so least is left to learn: unet's target is (x - c_skip y) / c_out, of mean square 1.
+    x; the rest, x - c_skip y, has mean square c_out^2, so that unet's target has mean square 1.
     """
 
     def __init__(self, shape, sigma_data, sigma_max, amp=False, **unet):
@@ -164,8 +164,8 @@ def langevin(score, z, sigma_max):
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
     score = -y / sigma^2, and its variance sigma^2 stays, as (1 - h)^2 + h (2 - h) = 1.
-    Steps: variances lag as sigma falls, too large by a fraction ln(gamma) / (n h). Where images
-    exceed noise, a finite h makes variances h / 2 too small. To cancel: h^2 = 2 ln(gamma) / n.
+    As sigma falls, variances lag, too large by a fraction ln(gamma) / (n h). Where images exceed
+    noise, a finite h makes them a fraction h / 2 too small. Both cancel if h^2 = 2 ln(gamma) / n.
     """
     root = math.sqrt(2 * z[0].numel())
     ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any gamma does
@@ -476,7 +476,7 @@ def bits_per_dim(x, sigmas, errors):
     entropy = math.log(2 * math.pi * math.e * sigmas[0] ** 2) / 2
     prior = x.square().mean((1, 2, 3)) / (2 * sigmas[-1] ** 2)
     path = torch.trapezoid(errors / sigmas**2, sigmas.log())
-    return 7 + (entropy + prior + path) / math.log(2)  # -log2 P(byte) <= 7 - E log2 p, by Jensen
+    return 7 + (entropy + prior + path) / math.log(2)  # bins of 2^-7: -log2 P <= 7 - E log2 p
 
 
 @torch.no_grad()
@@ -538,7 +538,7 @@ def make_parser():
     add("--sample-every", type=int, default=5, metavar="EPOCHS", help="draw samples that often")
     add("--generate", type=int, metavar="N", help="draw N samples as PNG files, do not train")
     add("--evaluate", action="store_true", help="measure loss and bits/dim, do not train")
-    add("--sampler", default="dpm", choices=["dpm", "langevin", "ideal"], help="how to sample")
+    add("--sampler", default="dpm", choices=["dpm", "langevin", "ideal"], help="ideal: copies")
     add("--guidance", type=float, default=1.0, help="of --generate: 1 is none, 1.8 looks better")
     parser.set_defaults(checkpoint=None)
     return parser
