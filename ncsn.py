@@ -538,7 +538,7 @@ def make_parser():
     add("--sample-every", type=int, default=5, metavar="EPOCHS", help="draw samples that often")
     add("--generate", type=int, metavar="N", help="draw N samples as PNG files, do not train")
     add("--evaluate", action="store_true", help="measure loss and bits/dim, do not train")
-    add("--sampler", default="dpm", choices=["dpm", "langevin", "ideal"], help="ideal: copies")
+    add("--sampler", default="dpm", choices=["dpm", "langevin", "ideal"], help="ideal draws copies")
     add("--guidance", type=float, default=1.0, help="of --generate: 1 is none, 1.8 looks better")
     parser.set_defaults(checkpoint=None)
     return parser

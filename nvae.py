@@ -307,7 +307,7 @@ def kl_loss(kl, beta, alpha):
     without gradient; alpha_i = pixels of the level / groups of the level. Both end together.
     """
     beta = torch.as_tensor(beta, device=kl.device)
-    gamma = (kl.detach().mean(0) + 0.01) / alpha
+    gamma = (kl.detach().mean(0) + 0.01) / alpha  # 0.01, as a KL may be 0
     gamma = torch.where(beta < 1, gamma / gamma.mean(), 1.0)
     return beta * (gamma * kl.mean(0)).sum()
 
