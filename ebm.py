@@ -1,9 +1,9 @@
 """EBM, an energy-based model of images: denoising score matching, then contrastive divergence.
 
-    python ebm.py --epochs 50               train on CIFAR-10, results in runs/ebm
-    python ebm.py --small --data shapes     the same on a CPU, in minutes
-    python ebm.py --generate 1000           draw samples with the trained weights
-    python ebm.py --evaluate                outliers and long chains, before and after CD
+    python ebm.py --epochs 50                          train on CIFAR-10, results in runs/ebm
+    python ebm.py --small --data shapes --out runs/s   the same on a CPU, in minutes
+    python ebm.py --generate 1000                      draw samples with the trained weights
+    python ebm.py --evaluate                           outliers and long chains, before and after CD
 
 A network gives each image y one number, its energy E(y). Low energy means likely, by definition:
     p(y) = exp(-E(y) / T) / Z,      Z = integral of exp(-E(y) / T) over all y
@@ -20,17 +20,16 @@ draw samples by Langevin dynamics, y <- y - h grad E(y) + sqrt(2 h T) z with a s
        dsm = mean over pixels of (grad E(y) / sigma - z)^2, times a weight
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
 formula. forward() estimates sigma from y, so one energy serves all levels (Li et al. 2019,
-arXiv:1910.07762). At SIGMA_MIN, where sigma^2 = T, p and p_sigma have the same score around images
-with this noise, so cd_loss adds it to data. Left open are E where no noisy image is, and thus
-how p weighs separate modes: trained on two images, one four times as frequent, E differed by 647 T,
-not by T ln 4.
+arXiv:1910.07762). At SIGMA_MIN, where sigma^2 = T, this makes p's score, -grad E / T, that of
+p_sigma: p is the density of images with this little noise, which cd_loss adds to data. Left open
+are E where y is no image with white noise and, with it, how much of p each mode has.
 
-2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run: where no noisy
-images are, E may be low, and long chains go there. The gradient of -T log p with respect to the
-weights is that of E(data) minus its mean over samples of p. So descend cd = E(data) - E(samples):
-the samples are Langevin chains in a replay buffer, which persist from one training step to the next
-(Tieleman 2008; images: Du & Mordatch 2019, arXiv:1903.08689; after flow matching: Balcerak et al.
-2025, arXiv:2504.10612). Matching makes dpm_solver's samples good, CD keeps chains among images.
+2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run, as long chains find
+low E where no noisy images are. Likelihood has, for data x and weights w, the gradient
+       -T grad_w log p(x) = grad_w E(x) - mean of grad_w E(y) over samples y of p
+So descend cd = E(data) - E(samples). The samples are Langevin chains in a replay buffer, which go
+on from one training step to the next (Tieleman 2008; images: Du & Mordatch 2019, arXiv:1903.08689;
+after flow matching: Balcerak et al. 2025, arXiv:2504.10612).
 
 In another project copy this file alone. In it set SIGMA_DATA to the root mean square of pixels in
 [-1, 1], SIGMA_MAX to 1.25 times the side, 80 for 64x64. For uint8 images (N, C, H, W):
@@ -39,7 +38,8 @@ In another project copy this file alone. In it set SIGMA_DATA to the root mean s
     training_step(net, optimizers, batch, lr=0.02 * warmup_cosine(step, total))
     update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
     samples = quantise(dpm_solver(ema.grad_E, z))
-For CD, step (for update_ema, too), lr and chains are those of enter_phase(), called as in train().
+CD goes on so, with step and total counted anew, a fifth of lr, and training_step(chains=chains):
+    chains = dequantise(images[torch.randperm(len(images))[: 8 * len(batch)]])
 """
 
 import argparse
@@ -97,10 +97,10 @@ def dsm_loss(net, x, sigma):
 def cd_loss(net, x, chains, steps=10, h=0.3, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
 
-    The chains (N, C, H, W), N = 8 B, start as training images. Each time B of them, at random, take
-    `steps` Langevin steps; before, a fraction `restart` becomes noise: on average each has its turn
-    every 8th time, with a new start every 100th turn. h is large, as CD raises E only where chains
-    are. The hinge leaves out chains a margin above data's E. Maximum likelihood: no hinge, no dsm.
+    The buffer of chains (N, C, H, W), N = 8 B, starts as training images. Each call picks B chains
+    at random, restarts a fraction `restart` of them from noise, moves all B by `steps` Langevin
+    steps and stores them. h is large, so that they travel to where E is wrongly low. The hinge is
+    0 for a chain more than a margin above data: it, short chains and dsm depart from likelihood.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
@@ -121,7 +121,7 @@ def langevin(grad_E, y, steps, h=0.1, temperature=T):
     """Langevin dynamics for p, from y (B, C, H, W).
 
     Noise of variance 2 h T suits small h. Near an image a, where E is |y - a|^2 / 2, variances v
-    become (1 - h)^2 v + h (2 - h) T: T stays T. In flat directions they lose a fraction h / 2.
+    become (1 - h)^2 v + h (2 - h) T: T stays T. In flat directions they end a fraction h / 2 low.
     """
     for _ in range(steps):
         y = y - h * grad_E(y) + math.sqrt(h * (2 - h) * temperature) * torch.randn_like(y)
@@ -136,8 +136,8 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
     y <- (t/s) y + (1 - t/s) D would be exact. D changes; D', extrapolated in ln sigma, replaces it:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    The ODE ends in a mode about as often as data do. p may weigh them otherwise: y is a sample of p
-    only within its mode, and not before the Langevin steps. D(y) takes away the noise of p.
+    The ODE reaches each mode about as often as data lie in it. p may weigh modes otherwise, so y is
+    a sample of p only within its mode, after the Langevin steps. D(y) takes away the noise of p.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -180,7 +180,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(x))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(h * (1 + scale) + shift))  # adaptive group norm, without the norm
-        return (self.skip(x) + h) / math.sqrt(2)  # of variance 1, if both have it
+        return (self.skip(x) + h) / math.sqrt(2)  # of variance 1 if both have it, uncorrelated
 
 
 class EnergyNet(nn.Module):
@@ -361,7 +361,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    After Ctrl-C, a kill or NaN, checkpoint.pt is the last one saved, at most ten minutes before.
+    Ctrl-C, a kill or NaN, found by save(), leave the last checkpoint.pt, at most ten minutes old.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -432,7 +432,7 @@ def finish_epoch(args, state, ema, test):
     row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
     row["train loss"] = torch.stack(state["losses"]).median().item()  # a rare one is huge
     row["test loss"] = torch.cat(losses).mean().item()
-    # CD's chains should have the energy of test images: 0.8 on CIFAR-10, 0.3 of it by p's noise.
+    # CD's chains should have the energy of test images, on CIFAR-10 0.8, of which noise adds 0.3.
     row["E data"] = nats_per_dim(ema, x + SIGMA_MIN * torch.randn_like(x)).mean().item()
     cd = state["cd"]  # chains from noise have huge energies: hence the median
     row["E samples"] = nats_per_dim(ema, cd["chains"]).median().item() if cd else None
@@ -473,9 +473,9 @@ def evaluate(args, nets):
     x = dequantise(torch.cat(kinds).to(args.device))
     x = x + SIGMA_MIN * torch.randn_like(x)  # the noise of p
     for when, net in zip(("before", "after"), nets, strict=True):
-        E_test, E_colours, E_ood = nats_per_dim(net, x).split([len(kind) for kind in kinds])
-        print(f"AUROC {when} CD: constant colours {auroc(E_test, E_colours):.3f}", end=", ")
-        print(f"{args.ood} {auroc(E_test, E_ood):.3f}")
+        E, E_colours, E_ood = nats_per_dim(net, x).split([len(kind) for kind in kinds])
+        areas = f"constant colours {auroc(E, E_colours):.3f}, {args.ood} {auroc(E, E_ood):.3f}"
+        print(f"AUROC {when} CD: {areas}")
     z = torch.randn_like(x[:4])
     chains = [torch.cat([dpm_solver(net.grad_E, z), x[:4]]) for net in nets]
     rows = []

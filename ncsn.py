@@ -1,7 +1,7 @@
 """NCSN, a noise conditional score network (a diffusion model), for images.
 
     python ncsn.py --epochs 50                           train on CIFAR-10, results in runs/ncsn
-    python ncsn.py --small --data shapes                 the same on a CPU, in minutes
+    python ncsn.py --small --data shapes --out runs/s    the same on a CPU, in minutes
     python ncsn.py --generate 1000 --guidance 1.8        draw samples with the trained weights
     python ncsn.py --evaluate                            loss by noise level, bits/dim
 
@@ -16,8 +16,8 @@ densities with one network, conditioned on sigma, and follow them while sigma fa
     y      noisy images, y = x + sigma z; their density is p_sigma
     D      the denoiser, a network: D(y, sigma) estimates x
 
-Training is denoising: minimise the mean of |D(y, sigma) - x|^2, weighted, over random x, z, sigma.
-The best D is the posterior mean E[x | y], and by Tweedie's formula it gives the score:
+Denoising score matching (Vincent 2011) minimises the mean of |D(y, sigma) - x|^2, weighted, over
+x, z and sigma. The best D is the posterior mean E[x | y]; by Tweedie's formula it gives the score:
     score(y, sigma) = grad_y log p_sigma(y) = (E[x | y] - y) / sigma^2
 Proof: p_sigma(y) = E_x[N(y; x, sigma^2 I)], and grad_y N = N (x - y) / sigma^2. Divide by p_sigma:
 by Bayes' rule N / p_sigma is the posterior weight of x, which leaves E[x - y | y] / sigma^2.
@@ -66,8 +66,8 @@ SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s noise (
 def measure(images):
     """The arguments of Denoiser that depend on the uint8 images (N, C, H, W).
 
-    sigma_data: root mean square of the pixels. sigma_max: largest distance between two images
-    (2020, technique 1) or from 0: so much noise hides which image it was; sampling starts there.
+    sigma_data: root mean square of the pixels. sigma_max: the largest distance between two images
+    or, if larger, |x|: noise that hides which image it was (2020, technique 1). Sampling starts so.
     """
     x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # fewer than 10,000 of all
     sigma_data = x.square().mean().sqrt().item()
@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
         self.shape = shape  # (C, H, W)
         self.sigma_data = sigma_data
         self.sigma_max = sigma_max
-        self.amp = amp  # bfloat16 in unet alone, as the score divides errors of D by sigma^2
+        self.amp = amp  # bfloat16 in unet: c_out makes its errors small, but not those of c_skip y
         self.unet = UNet(shape[0], **unet).to(memory_format=torch.channels_last)
 
     def forward(self, y, sigma):
@@ -142,7 +142,7 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
     Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D, a step of DDIM, would be exact. D
     changes: D', extrapolated in ln sigma from the last two levels to mid-step, takes its place:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    Calls: `count`. The error falls as 1 / count^2: at 12, stds of 0.1 to 2 grow by 10 to 14 %.
+    Calls: `count`. Errors fall as 1 / count^2: 12 calls make stds of 0.1 to 2 10 to 14 % too large.
     """
     ends = sigma_max ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -160,12 +160,12 @@ def langevin(score, z, sigma_max):
     """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
 
     Levels (2020, technique 2): |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2), dim = C H W.
-    The next mean is 3 of this level's standard deviations lower: levels overlap. Their ratio is
+    So that levels overlap, means are 3 standard deviations sigma / sqrt(2) apart. Their ratio is
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
     score = -y / sigma^2, and its variance sigma^2 stays, as (1 - h)^2 + h (2 - h) = 1.
-    As sigma falls, variances lag, too large by a fraction ln(gamma) / (n h). Where images exceed
-    noise, a finite h makes them a fraction h / 2 too small. Both cancel if h^2 = 2 ln(gamma) / n.
+    As sigma falls, variances lag, too large by a fraction ln(gamma) / (n h). Where noise is small
+    beside images, h makes them a fraction h / 2 too small: h^2 = 2 ln(gamma) / n cancels both.
     """
     root = math.sqrt(2 * z[0].numel())
     ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any gamma does
@@ -186,10 +186,10 @@ def autoguided(score, guide_score, guidance):
 
 
 def ideal_score(images):
-    """The exact score (sigma a number) of uint8 images (N, C, H, W): the best a network can learn.
+    """The score that minimises the loss for uint8 images (N, C, H, W); sigma is a number.
 
     E[x | y] is their mean with the weights softmax(-|y - x_i|^2 / (2 sigma^2)). Its samples are
-    copies of them: a network draws new images because it falls short of this.
+    copies of them: a network draws new images because it falls short of this minimum.
     """
     x = ((images + 0.5) / 128 - 1).flatten(1)
 
@@ -221,7 +221,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))  # adaptive group norm
-        return (self.skip(x) + h) / math.sqrt(2)  # of variance 1, if both have it
+        return (self.skip(x) + h) / math.sqrt(2)  # of variance 1 if both have it, uncorrelated
 
 
 class UNet(nn.Module):
@@ -233,7 +233,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels=3, width=128, mults=(1, 2, 2), blocks=3):
         super().__init__()
-        # Sines and cosines of ln sigma, about -6 to 5: the slowest is nearly linear there.
+        # Sines and cosines of ln sigma, from about -6 to 5: there the slowest is nearly linear.
         self.register_buffer("frequencies", torch.logspace(-1.5, 0.5, width // 2))
         E = 4 * width  # size of the embedding of sigma
         self.embed = nn.Sequential(nn.Linear(width, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
@@ -367,7 +367,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    After Ctrl-C, a kill or NaN, checkpoint.pt is the last one saved, at most ten minutes before.
+    Ctrl-C, a kill or NaN, found by save(), leave the last checkpoint.pt, at most ten minutes old.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -430,26 +430,23 @@ def save(args, state, parts):
 
 @torch.no_grad()
 def finish_epoch(args, state, ema, test):
-    """Test the EMA, also by thirds of sigma; write log.csv, curves.png; at times draw samples."""
+    """Test the EMA of the weights, write log.csv and curves.png, draw samples now and then."""
     from matplotlib.figure import Figure
     from common import save_grid
 
     torch.manual_seed(0)  # the same noise each time, so that epochs compare
     parts = [dequantise(images) for images in test[:1000].split(args.batch_size)]
-    sigmas = [sample_sigma(ema, x) for x in parts]
-    losses = torch.cat([denoising_loss(ema, *part) for part in zip(parts, sigmas, strict=True)])
+    losses = [denoising_loss(ema, x, sample_sigma(ema, x)) for x in parts]
     row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
     row["train loss"] = torch.stack(state["losses"]).mean().item()
-    row["test loss"] = losses.mean().item()
-    for i, third in enumerate(losses[torch.cat(sigmas).argsort()].chunk(3), start=1):
-        row[f"test loss {i}/3"] = third.mean().item()
+    row["test loss"] = torch.cat(losses).mean().item()
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     rows = [*state["rows"], row]
     state.update(rows=rows, losses=[])
     with open(Path(args.out, "log.csv"), "w", newline="") as file:
         csv.writer(file).writerows([list(row), *(each.values() for each in rows)])
     axes = Figure().add_subplot(xlabel="epoch")
-    for name in list(row)[2:]:
+    for name in "train loss", "test loss":
         axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
     axes.legend()
     axes.figure.savefig(Path(args.out, "curves.png"))
@@ -470,13 +467,15 @@ def bits_per_dim(x, sigmas, errors):
 
     errors (N, L) are mean((D - x)^2) at the noise levels sigmas (L,), from s up to S. The bound is
     -ELBO with noisy images as latent variables (Kingma et al. 2021, arXiv:2107.00630), in nats:
-        ln(2 pi e s^2) / 2 + mean(x^2) / (2 S^2) + integral of mean((D - x)^2) / sigma^2 d ln sigma
-    reconstruction (entropy of s z), prior (KL of x + S z from S z), KLs of infinitely many steps.
+        reconstruction    ln(2 pi e s^2) / 2, the entropy of s z
+        prior             mean(x^2) / (2 S^2), KL of x + S z from S z
+        diffusion         integral of mean((D - x)^2) / sigma^2 d ln sigma: infinitely many KLs
+    A density p of bins 2^-7 wide bounds P(bytes): -log2 P <= 7 - E log2 p.
     """
-    entropy = math.log(2 * math.pi * math.e * sigmas[0] ** 2) / 2
+    reconstruction = math.log(2 * math.pi * math.e * sigmas[0] ** 2) / 2
     prior = x.square().mean((1, 2, 3)) / (2 * sigmas[-1] ** 2)
-    path = torch.trapezoid(errors / sigmas**2, sigmas.log())
-    return 7 + (entropy + prior + path) / math.log(2)  # bins of 2^-7: -log2 P <= 7 - E log2 p
+    diffusion = torch.trapezoid(errors / sigmas**2, sigmas.log())
+    return 7 + (reconstruction + prior + diffusion) / math.log(2)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """NVAE, a deep hierarchical variational autoencoder for images.
 
-    python nvae.py --epochs 50                  train on CIFAR-10, results in runs/nvae
-    python nvae.py --small --data shapes        the same on a CPU, in minutes
-    python nvae.py --generate 1000              draw samples with the trained weights
-    python nvae.py --evaluate                   bits/dim, KL of each group, two pictures
+    python nvae.py --epochs 50                          train on CIFAR-10, results in runs/nvae
+    python nvae.py --small --data shapes --out runs/s   the same on a CPU, in minutes
+    python nvae.py --generate 1000                      draw samples with the trained weights
+    python nvae.py --evaluate                           bits/dim, KL of each group, two pictures
 
 A variational autoencoder explains images x by latent variables z, drawn from a prior p(z); then x
 is drawn from p(x|z), the output of a decoder network. The posterior p(z|x) is intractable, so an
@@ -145,7 +145,7 @@ class Group(nn.Module):
     def __init__(self, cells, channels):
         super().__init__()
         self.cells = nn.Sequential(*cells)
-        self.prior = nn.Sequential(nn.ELU(), nn.Conv2d(channels, 2 * LATENTS, 1))
+        self.prior = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, 2 * LATENTS, 1))
         self.combine = nn.Conv2d(channels, channels, 1)  # of h, then added to the feature
         self.posterior = nn.Conv2d(channels, 2 * LATENTS, 3, padding=1)  # of q relative to p
         self.merge = nn.Conv2d(LATENTS, channels, 1)  # of z, then added to h
@@ -236,7 +236,8 @@ class NVAE(nn.Module):
                 alpha.append(math.prod(shape[1:]) / 4**level / groups[level - 1])
                 stage = []
             stage.append(Cell(c, widths[level - 1], "up", 6 * depthwise))
-        self.tail = nn.Sequential(*stage, Cell(widths[0], widths[0], None, 6 * depthwise), nn.ELU())
+        stage.append(Cell(widths[0], widths[0], None, 6 * depthwise))
+        self.tail = nn.Sequential(*stage, nn.SiLU())
         size = 1 + 2 * shape[0] + shape[0] * (shape[0] - 1) // 2  # see DMOL
         self.head = nn.Conv2d(widths[0], MIXTURES * size, 3, padding=1)
         self.register_buffer("alpha", torch.tensor(alpha))
@@ -447,8 +448,7 @@ def can_compile(device):
 class RecordedStep:
     """step(batch, *numbers) on CUDA: the fourth call is captured as a CUDA graph, then replayed.
 
-    A step is a thousand small kernels, slower to launch than to run. A graph launches all at once,
-    on the same memory: each call overwrites the last results.
+    A graph launches a step's thousand kernels at once, on the same memory: results are overwritten.
     """
 
     def __init__(self, step):
@@ -480,7 +480,7 @@ class RecordedStep:
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    After Ctrl-C, a kill or NaN, checkpoint.pt is the last one saved, at most ten minutes before.
+    Ctrl-C, a kill or NaN, found by save(), leave the last checkpoint.pt, at most ten minutes old.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm

@@ -333,8 +333,7 @@ def test_a_step_with_chains_adds_both_gradients_and_clips_them():
     torch.manual_seed(5)
     x = ebm.dequantise(images)
     dsm = ebm.dsm_loss(twin, x, ebm.sample_sigma(x)).mean()
-    cd = ebm.cd_loss(twin, x, start)
-    (dsm + 20.0 * cd).backward()
+    (dsm + 20.0 * ebm.cd_loss(twin, x, start)).backward()
     assert nn.utils.clip_grad_norm_(twin.parameters(), 1.0) > 1
     torch.optim.SGD(twin.parameters(), 0.05).step()
     assert torch.equal(chains, start)

@@ -344,8 +344,7 @@ def test_regulariser_is_the_sum_of_largest_singular_values():
     due = 0.5 * sum(torch.linalg.matrix_norm(weight.flatten(1), 2) for weight in weights)
     assert spectral().item() == pytest.approx(due.item(), rel=0.01)
     ours = torch.autograd.grad(spectral(), weights)
-    theirs = torch.autograd.grad(due, weights)
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, torch.autograd.grad(due, weights), strict=True):
         assert (a * b).sum() / a.norm() / b.norm() > 0.9
         assert a.norm().item() == pytest.approx(b.norm().item(), rel=0.1)
 
@@ -422,8 +421,7 @@ def test_a_training_step_descends_the_loss_and_reports_its_terms(beta, weight):
     assert (norm > 30 * 768) == (weight > 50)
     rate = 1e-5 * min(1, 30 * 768 / norm)  # Adam's is a tenth; long gradients are clipped
     for before, after in zip(net_before.parameters(), net.parameters(), strict=True):
-        moved = (before - after).detach()
-        assert torch.allclose(moved, rate * before.grad, rtol=1e-2, atol=1e-6)
+        assert torch.allclose(before - after, rate * before.grad, rtol=1e-2, atol=1e-6)
     due = [due[:, 0].mean().item(), due[:, 1:].sum(1).mean().item(), regulariser.item()]
     assert (terms * 768 * math.log(2)).tolist() == pytest.approx(due, rel=1e-4)
     assert not terms.requires_grad

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 SCRIPTS = ["ncsn", "nvae", "ebm"]
@@ -42,6 +43,18 @@ for batch in images.split(4):
 samples = ebm.quantise(ebm.dpm_solver(net.grad_E, torch.randn(4, *images.shape[1:])))
 """,
 }
+
+
+@every_script
+def test_the_lines_of_the_docstring_run(name):
+    side = 64 if name == "nvae" else 16
+    images = torch.randint(256, (2, 1, side, side), dtype=torch.uint8)
+    inside = {"images": images, "batch": images, "z": torch.randn(images.shape), "device": "cpu"}
+    inside |= {"step": 0, "total": 9, "C": 1, "H": side, "W": side}
+    inside |= vars(importlib.import_module(name))
+    lines = inside["__doc__"].split("In another project")[1].splitlines()
+    exec("\n".join(line.strip() for line in lines if line.startswith("    ")), inside)
+    assert inside["samples"].dtype == torch.uint8
 
 
 @every_script
