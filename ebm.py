@@ -19,16 +19,16 @@ draw samples by Langevin dynamics, y <- y - h grad E(y) + sqrt(2 h T) z with a s
 1. Denoising score matching (Vincent 2011) is most of training. Let grad E(y) predict sigma z:
        dsm = mean over pixels of (grad E(y) / sigma - z)^2, times a weight
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
-formula. forward() estimates sigma from y, so one energy serves all levels (Li et al. 2019,
-arXiv:1910.07762). At SIGMA_MIN, where sigma^2 = T, this makes p's score, -grad E / T, that of
-p_sigma: p is the density of images with this little noise, which cd_loss adds to data. Left open
-are E where y is no image with white noise and, with it, how much of p each mode has.
+formula. One energy serves all levels as far as y shows sigma: forward() estimates it (Li et al.
+2019, arXiv:1910.07762). At SIGMA_MIN, where sigma^2 = T, the scores of p and p_sigma are the same.
+So p is a density of images with noise of SIGMA_MIN: cd_loss adds that noise to data. Matching does
+not decide E where y is no image with white noise, nor therefore the mass of each mode of p.
 
-2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run, as long chains find
-low E where no noisy images are. Likelihood has, for data x and weights w, the gradient
+2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run, because E may be low
+where no noisy images are: long Langevin chains end there. With weights w and data x, likelihood has
        -T grad_w log p(x) = grad_w E(x) - mean of grad_w E(y) over samples y of p
-So descend cd = E(data) - E(samples). The samples are Langevin chains in a replay buffer, which go
-on from one training step to the next (Tieleman 2008; images: Du & Mordatch 2019, arXiv:1903.08689;
+So descend cd = E(data) - E(samples). The samples are chains in a replay buffer, which go on from
+one training step to the next (Tieleman 2008; images: Du & Mordatch 2019, arXiv:1903.08689;
 after flow matching: Balcerak et al. 2025, arXiv:2504.10612).
 
 In another project copy this file alone. In it set SIGMA_DATA to the root mean square of pixels in
@@ -38,7 +38,7 @@ In another project copy this file alone. In it set SIGMA_DATA to the root mean s
     training_step(net, optimizers, batch, lr=0.02 * warmup_cosine(step, total))
     update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
     samples = quantise(dpm_solver(ema.grad_E, z))
-CD goes on so, with step and total counted anew, a fifth of lr, and training_step(chains=chains):
+For CD then count step and total anew, take a fifth of lr, and give training_step() these chains:
     chains = dequantise(images[torch.randperm(len(images))[: 8 * len(batch)]])
 """
 
@@ -95,12 +95,12 @@ def dsm_loss(net, x, sigma):
 
 
 def cd_loss(net, x, chains, steps=10, h=0.3, restart=0.01, margin=0.3):
-    """Persistent CD on x (B, C, H, W): the loss, (), in nats per dimension.
+    """Persistent CD on x (B, C, H, W): a scalar, in nats per dimension.
 
     The buffer of chains (N, C, H, W), N = 8 B, starts as training images. Each call picks B chains
     at random, restarts a fraction `restart` of them from noise, moves all B by `steps` Langevin
     steps and stores them. h is large, so that they travel to where E is wrongly low. The hinge is
-    0 for a chain more than a margin above data: it, short chains and dsm depart from likelihood.
+    0 for chains a margin above data: enough. Not maximum likelihood: hinge, short chains, dsm.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
@@ -120,8 +120,8 @@ def nats_per_dim(net, y, batch_size=256):
 def langevin(grad_E, y, steps, h=0.1, temperature=T):
     """Langevin dynamics for p, from y (B, C, H, W).
 
-    Noise of variance 2 h T suits small h. Near an image a, where E is |y - a|^2 / 2, variances v
-    become (1 - h)^2 v + h (2 - h) T: T stays T. In flat directions they end a fraction h / 2 low.
+    Noise of variance 2 h T suits small h. Near an image a, where E is |y - a|^2 / 2, a step makes
+    (1 - h)^2 v + h (2 - h) T of variance v: T stays. Where E is flat, v ends a fraction h / 2 low.
     """
     for _ in range(steps):
         y = y - h * grad_E(y) + math.sqrt(h * (2 - h) * temperature) * torch.randn_like(y)
@@ -136,8 +136,8 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
     y <- (t/s) y + (1 - t/s) D would be exact. D changes; D', extrapolated in ln sigma, replaces it:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    The ODE reaches each mode about as often as data lie in it. p may weigh modes otherwise, so y is
-    a sample of p only within its mode, after the Langevin steps. D(y) takes away the noise of p.
+    The ODE reaches each mode about as often as data lie in it. p may weigh modes otherwise: after
+    the Langevin steps y is a sample of p within its mode. D(y), which is returned, has no noise.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -180,7 +180,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(x))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(h * (1 + scale) + shift))  # adaptive group norm, without the norm
-        return (self.skip(x) + h) / math.sqrt(2)  # of variance 1 if both have it, uncorrelated
+        return (self.skip(x) + h) / math.sqrt(2)  # does not grow with depth
 
 
 class EnergyNet(nn.Module):
@@ -246,7 +246,7 @@ class EnergyNet(nn.Module):
         return r.square().sum((1, 2, 3)) / 2
 
     def grad_E(self, y):
-        """grad E, shaped like y, compiled or in no_grad, too; dsm_loss differentiates it again."""
+        """grad E, shaped like y, also compiled or in no_grad; dsm_loss differentiates it again."""
         return torch.func.grad(lambda y: self(y).sum())(y)
 
 
@@ -254,7 +254,7 @@ class EnergyNet(nn.Module):
 
 
 def training_step(net, optimizers, images, lr, chains=None, cd_weight=0.1):
-    """One step on uint8 images (B, C, H, W), with CD if there are chains. Returns dsm, ()."""
+    """One step on uint8 images (B, C, H, W), with CD if there are chains. Returns dsm, a scalar."""
     x = dequantise(images)
     loss = dsm_loss(net, x, sample_sigma(x)).mean()
     net.zero_grad()
@@ -361,7 +361,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    Ctrl-C, a kill or NaN, found by save(), leave the last checkpoint.pt, at most ten minutes old.
+    After Ctrl-C, a kill or NaN (save() looks) the last save remains, at most ten minutes old.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -432,9 +432,9 @@ def finish_epoch(args, state, ema, test):
     row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
     row["train loss"] = torch.stack(state["losses"]).median().item()  # a rare one is huge
     row["test loss"] = torch.cat(losses).mean().item()
-    # CD's chains should have the energy of test images, on CIFAR-10 0.8, of which noise adds 0.3.
+    # CD's chains should have the energy of test images with p's noise, about 0.8 on CIFAR-10.
     row["E data"] = nats_per_dim(ema, x + SIGMA_MIN * torch.randn_like(x)).mean().item()
-    cd = state["cd"]  # chains from noise have huge energies: hence the median
+    cd = state["cd"]  # chains just restarted from noise have huge energies
     row["E samples"] = nats_per_dim(ema, cd["chains"]).median().item() if cd else None
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None))
     rows = [*state["rows"], row]

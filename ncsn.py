@@ -60,14 +60,14 @@ def quantise(x):
     return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 
 
-SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s noise (NCSN: .01 in [0, 1])
+SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s noise; NCSN has 0.02
 
 
 def measure(images):
     """The arguments of Denoiser that depend on the uint8 images (N, C, H, W).
 
     sigma_data: root mean square of the pixels. sigma_max: the largest distance between two images
-    or, if larger, |x|: noise that hides which image it was (2020, technique 1). Sampling starts so.
+    or |x|: noise that hides which image it was (2020, technique 1) or, sampling, that it was none.
     """
     x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # fewer than 10,000 of all
     sigma_data = x.square().mean().sqrt().item()
@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
         self.shape = shape  # (C, H, W)
         self.sigma_data = sigma_data
         self.sigma_max = sigma_max
-        self.amp = amp  # bfloat16 in unet: c_out makes its errors small, but not those of c_skip y
+        self.amp = amp  # bfloat16 in unet: c_out makes its errors small; c_skip y is float32
         self.unet = UNet(shape[0], **unet).to(memory_format=torch.channels_last)
 
     def forward(self, y, sigma):
@@ -110,7 +110,7 @@ class Denoiser(nn.Module):
 
 
 def sample_sigma(net, x):
-    """Stratified noise levels (B,) for images x (B, ...): ln sigma is logistic, EDM's is normal.
+    """Stratified noise levels (B,) for images x (B, ...): ln sigma is logistic (EDM: normal).
 
     Half are 0.28 to 1.3 sigma_data: less noise hides only texture, more leaves little but colours.
     Ends: SIGMA_MIN, dequantise()'s noise, and sigma_max, the largest distance between images.
@@ -130,7 +130,7 @@ def denoising_loss(net, x, sigma):
     return weight * (net(y, sigma) - x).square().mean((1, 2, 3))
 
 
-# -------------- samplers, from sigma_max z (B, C, H, W) to D(y, SIGMA_MIN), by any score(y, number)
+# ---------------------- samplers, from y = sigma_max z to D(y, SIGMA_MIN), by any score(y, number)
 
 
 @torch.no_grad()
@@ -142,7 +142,8 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
     Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D, a step of DDIM, would be exact. D
     changes: D', extrapolated in ln sigma from the last two levels to mid-step, takes its place:
         D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    Calls: `count`. Errors fall as 1 / count^2: 12 calls make stds of 0.1 to 2 10 to 14 % too large.
+    Calls: `count`. Errors fall as 1 / count^2: for Gaussian data of std 0.1 to 2, 12 calls give
+    samples whose std is 10 to 14 % too large.
     """
     ends = sigma_max ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
@@ -160,10 +161,10 @@ def langevin(score, z, sigma_max):
     """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
 
     Levels (2020, technique 2): |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2), dim = C H W.
-    So that levels overlap, means are 3 standard deviations sigma / sqrt(2) apart. Their ratio is
+    Levels overlap if these means differ by 3 sigma / sqrt(2): from level to level sigma falls by
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
     Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
-    score = -y / sigma^2, and its variance sigma^2 stays, as (1 - h)^2 + h (2 - h) = 1.
+    score = -y / sigma^2, and y keeps variance sigma^2, as (1 - h)^2 + h (2 - h) = 1.
     As sigma falls, variances lag, too large by a fraction ln(gamma) / (n h). Where noise is small
     beside images, h makes them a fraction h / 2 too small: h^2 = 2 ln(gamma) / n cancels both.
     """
@@ -221,7 +222,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))  # adaptive group norm
-        return (self.skip(x) + h) / math.sqrt(2)  # of variance 1 if both have it, uncorrelated
+        return (self.skip(x) + h) / math.sqrt(2)  # does not grow with depth
 
 
 class UNet(nn.Module):
@@ -233,7 +234,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels=3, width=128, mults=(1, 2, 2), blocks=3):
         super().__init__()
-        # Sines and cosines of ln sigma, from about -6 to 5: there the slowest is nearly linear.
+        # Sines and cosines of ln sigma, from about -6 to 5, where the slowest is nearly linear.
         self.register_buffer("frequencies", torch.logspace(-1.5, 0.5, width // 2))
         E = 4 * width  # size of the embedding of sigma
         self.embed = nn.Sequential(nn.Linear(width, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
@@ -367,7 +368,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    Ctrl-C, a kill or NaN, found by save(), leave the last checkpoint.pt, at most ten minutes old.
+    After Ctrl-C, a kill or NaN (save() looks) the last save remains, at most ten minutes old.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm

@@ -480,7 +480,7 @@ class RecordedStep:
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    Ctrl-C, a kill or NaN, found by save(), leave the last checkpoint.pt, at most ten minutes old.
+    After Ctrl-C, a kill or NaN (save() looks) the last save remains, at most ten minutes old.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
