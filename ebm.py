@@ -1,35 +1,35 @@
 """EBM, an energy-based model of images: denoising score matching, then contrastive divergence.
 
     python ebm.py --epochs 50                          train on CIFAR-10, results in runs/ebm
-    python ebm.py --small --data shapes --out runs/s   the same on a CPU, in minutes
+    python ebm.py --small --data shapes --out shapes   the same on a CPU, in minutes
     python ebm.py --generate 1000                      draw samples with the trained weights
     python ebm.py --evaluate                           outliers and long chains, before and after CD
 
 A network gives each image y one number, its energy E(y). Low energy means likely, by definition:
-    p(y) = exp(-E(y) / T) / Z,      Z = integral of exp(-E(y) / T) over all y
+    p(y) = exp(-E(y) / T) / Z,    Z = integral of exp(-E(y) / T) over all y,    T = SIGMA_MIN^2
 Z is never computed: the score, grad log p(y) = -grad E(y) / T, does not contain it and is enough to
 draw samples by Langevin dynamics, y <- y - h grad E(y) + sqrt(2 h T) z with a small h.
+Picture E(y) as half the squared distance from y to the nearest image. Then grad E(y) is the noise
+in y, p is normal with variance T, the temperature, about each image, and E / (T C H W) about 1/2.
 
     x      images, (B, C, H, W), pixels in [-1, 1];  z: standard normal noise of that shape
     sigma  noise level, the standard deviation of the noise, (B,), from SIGMA_MIN to SIGMA_MAX
     y      noisy images, y = x + sigma z; their density is p_sigma
     E      the energy, (B,), of images with any noise; grad E is shaped like y
-    D, T   the denoiser, D(y) = y - grad E(y), an estimate of x; the temperature, SIGMA_MIN^2
+    D      the denoiser, D(y) = y - grad E(y), an estimate of x
 
 1. Denoising score matching (Vincent 2011) is most of training. Let grad E(y) predict sigma z:
-       dsm = mean over pixels of (grad E(y) / sigma - z)^2, times a weight
+       dsm = mean over pixels of (grad E(y) / sigma - z)^2, times a weight; near 1 before training
 The best grad E(y) is the mean of sigma z given y: -sigma^2 grad log p_sigma(y), by Tweedie's
-formula. One energy serves all levels as far as y shows sigma: forward() estimates it (Li et al.
-2019, arXiv:1910.07762). At SIGMA_MIN, where sigma^2 = T, the scores of p and p_sigma are the same.
-So p is a density of images with noise of SIGMA_MIN: cd_loss adds that noise to data. Matching does
-not decide E where y is no image with white noise, nor therefore the mass of each mode of p.
+formula. E serves all levels as far as sigma can be read from y (Li et al. 2019, arXiv:1910.07762):
+forward() estimates it. At SIGMA_MIN, where sigma^2 = T, p and p_sigma have the same score. Matching
+leaves E free where y is no image with white noise, and hardly decides how p weighs its modes.
 
 2. Contrastive divergence, CD (Hinton 2002), joins in the last part of the run, because E may be low
-where no noisy images are: long Langevin chains end there. With weights w and data x, likelihood has
-       -T grad_w log p(x) = grad_w E(x) - mean of grad_w E(y) over samples y of p
-So descend cd = E(data) - E(samples). The samples are chains in a replay buffer, which go on from
-one training step to the next (Tieleman 2008; images: Du & Mordatch 2019, arXiv:1903.08689;
-after flow matching: Balcerak et al. 2025, arXiv:2504.10612).
+where no noisy images are: long Langevin chains end there. With weights w and data y, likelihood has
+       -T grad_w log p(y) = grad_w E(y) - mean of grad_w E(y') over samples y' of p
+So descend cd = E(data) - E(samples). Samples are chains in a replay buffer, which persist (Tieleman
+2008; Du & Mordatch 2019, arXiv:1903.08689; Balcerak et al. 2025, arXiv:2504.10612).
 
 In another project copy this file alone. In it set SIGMA_DATA to the root mean square of pixels in
 [-1, 1], SIGMA_MAX to 1.25 times the side, 80 for 64x64. For uint8 images (N, C, H, W):
@@ -38,8 +38,8 @@ In another project copy this file alone. In it set SIGMA_DATA to the root mean s
     training_step(net, optimizers, batch, lr=0.02 * warmup_cosine(step, total))
     update_ema(ema, net, step)  # after each training_step, step = 0, 1 ... total - 1
     samples = quantise(dpm_solver(ema.grad_E, z))
-For CD then count step and total anew, take a fifth of lr, and give training_step() these chains:
-    chains = dequantise(images[torch.randperm(len(images))[: 8 * len(batch)]])
+For CD then count step and total anew, take lr / 5 and pass training_step() chains, made once:
+    chains = dequantise(images[torch.randperm(len(images))[: 8 * len(batch)]].to(device))
 """
 
 import argparse
@@ -56,7 +56,7 @@ from torch import nn
 from torch.nn import functional as F
 
 SIGMA_DATA = 0.5  # root mean square of the pixels, about
-SIGMA_MIN = 0.03  # four steps of a byte, hardly visible
+SIGMA_MIN = 0.03  # four of 256 grey levels, hardly visible
 SIGMA_MAX = 40.0  # hides even mean colours: noise averaged over 32x32 pixels has a std of 40 / 32
 T = SIGMA_MIN**2  # so that chains have as much noise as data with SIGMA_MIN
 
@@ -83,10 +83,9 @@ def sample_sigma(x):
 
 
 def dsm_loss(net, x, sigma):
-    """Denoising score matching: mean of (grad E(y) / sigma - z)^2, weighted; x (B, C, H, W): (B,).
+    """Denoising score matching: weighted mean of (grad E(y) / sigma - z)^2, (B,); x (B, C, H, W).
 
     It is |D - x|^2 (1 / sigma^2 + 1 / SIGMA_DATA^2), EDM's (Karras et al. 2022, arXiv:2206.00364).
-    At every sigma it starts near 1, though grad E is (dr/dy)^T r, not r (see EnergyNet).
     """
     s = sigma.view(-1, 1, 1, 1)
     z = torch.randn_like(x)
@@ -97,10 +96,10 @@ def dsm_loss(net, x, sigma):
 def cd_loss(net, x, chains, steps=10, h=0.3, restart=0.01, margin=0.3):
     """Persistent CD on x (B, C, H, W): a scalar, in nats per dimension.
 
-    The buffer of chains (N, C, H, W), N = 8 B, starts as training images. Each call picks B chains
-    at random, restarts a fraction `restart` of them from noise, moves all B by `steps` Langevin
-    steps and stores them. h is large, so that they travel to where E is wrongly low. The hinge is
-    0 for chains a margin above data: enough. Not maximum likelihood: hinge, short chains, dsm.
+    The buffer of chains (N, C, H, W), N = 8 B, starts as training images. A call picks B at random,
+    restarts a fraction `restart` from noise, moves all B by Langevin steps, with a large h to find
+    where E is wrongly low, and stores them. By the hinge, chains of energy a margin above data's do
+    not count. Hinge, large h and dsm depart from maximum likelihood.
     """
     slots = torch.randperm(len(chains), device=x.device)[: len(x)]
     anew = torch.rand(len(slots), 1, 1, 1, device=x.device) < restart
@@ -120,8 +119,8 @@ def nats_per_dim(net, y, batch_size=256):
 def langevin(grad_E, y, steps, h=0.1, temperature=T):
     """Langevin dynamics for p, from y (B, C, H, W).
 
-    Noise of variance 2 h T suits small h. Near an image a, where E is |y - a|^2 / 2, a step makes
-    (1 - h)^2 v + h (2 - h) T of variance v: T stays. Where E is flat, v ends a fraction h / 2 low.
+    Noise of variance 2 h T suits small h. Near an image a, where E is |y - a|^2 / 2, a step turns
+    variance v into (1 - h)^2 v + h (2 - h) T: v = T stays. Where E curves less, v ends h / 2 low.
     """
     for _ in range(steps):
         y = y - h * grad_E(y) + math.sqrt(h * (2 - h) * temperature) * torch.randn_like(y)
@@ -134,17 +133,17 @@ def dpm_solver(grad_E, z, count=12, rho=7, langevin_steps=10):
 
     It solves the probability flow ODE dy/dsigma = (y - D(y)) / sigma, along which y has density
     p_sigma (Song et al. 2021, arXiv:2011.13456). Were D constant from s down to t, the step
-    y <- (t/s) y + (1 - t/s) D would be exact. D changes; D', extrapolated in ln sigma, replaces it:
-        D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    The ODE reaches each mode about as often as data lie in it. p may weigh modes otherwise: after
-    the Langevin steps y is a sample of p within its mode. D(y), which is returned, has no noise.
+    y <- (t/s) y + (1 - t/s) D would be exact. As it changes, extrapolate, in ln sigma, to mid-step:
+        D_mid = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
+    The ODE reaches each mode about as often as data lie in it; p may weigh modes otherwise. The
+    Langevin steps give y the noise that p has within a mode. D(y), which is returned, has none.
     """
     ends = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
     y = D_before = SIGMA_MAX * z
     for s_before, s, t in zip([math.inf, *levels], levels, levels[1:], strict=False):
         D = y - grad_E(y)
-        r = math.log(s_before / s) / math.log(s / t)  # infinite at first: D' = D
+        r = math.log(s_before / s) / math.log(s / t)  # infinite at first: D_mid = D
         y = (t / s) * y + (1 - t / s) * (D + (D - D_before) / (2 * r))
         D_before = D
     y = langevin(grad_E, y, langevin_steps)
@@ -158,7 +157,7 @@ def noise_variance(y):
     """An estimate of sigma^2, (B, 1, 1, 1), from noisy images y (B, C, H, W).
 
     Differences along both axes, d = y[i,j] - y[i,j+1] - y[i+1,j] + y[i+1,j+1], cancel most of an
-    image. Noise leaves a variance of 4 sigma^2; texture adds some, on CIFAR-10 like sigma = 0.07.
+    image. Noise leaves 4 sigma^2. CIFAR-10's texture counts as 0.07: less only the U-Net can see.
     """
     d = y.diff(dim=2).diff(dim=3)
     return d.square().mean((1, 2, 3), keepdim=True) / 4 + 1e-4  # above 0: its root has a gradient
@@ -180,17 +179,17 @@ class Block(nn.Module):
         h = self.conv1(F.silu(x))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(h * (1 + scale) + shift))  # adaptive group norm, without the norm
-        return (self.skip(x) + h) / math.sqrt(2)  # does not grow with depth
+        return (self.skip(x) + h) / math.sqrt(2)  # else it would grow with depth
 
 
 class EnergyNet(nn.Module):
     """E(y) = |r(y)|^2 / 2, with r(y) shaped like y, an estimate of its noise (Salimans & Ho 2021).
 
-    So E looks like half the squared distance to an image, and is never below 0. Preconditioning is
-    EDM's: for r to be the noise, the U-Net has inputs and targets of mean square about 1:
+    So E is never below 0. Were r the noise, the bracket would be the denoised image, and with EDM's
+    preconditioning the U-Net has inputs and targets of mean square about 1:
         r = y - (c_skip y + c_out unet(c_in y, ln sigma))
     y has mean square sigma^2 + SIGMA_DATA^2, with sigma estimated from y: hence c_in. c_skip y is
-    the multiple of y nearest to x; its error has mean square c_out^2. There are `blocks` blocks of
+    the best linear estimate of x; its error has mean square c_out^2. There are `blocks` blocks of
     width * mults[i] channels at resolution i, down and up; H, W: multiples of 2^(len(mults) - 1).
     """
 
@@ -246,7 +245,7 @@ class EnergyNet(nn.Module):
         return r.square().sum((1, 2, 3)) / 2
 
     def grad_E(self, y):
-        """grad E, shaped like y, also compiled or in no_grad; dsm_loss differentiates it again."""
+        """grad E, shaped like y, also in no_grad or compiled; dsm_loss differentiates it again."""
         return torch.func.grad(lambda y: self(y).sum())(y)
 
 
@@ -361,7 +360,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    After Ctrl-C, a kill or NaN (save() looks) the last save remains, at most ten minutes old.
+    Ctrl-C, a kill or NaN, which save() finds, cost at most ten minutes: what is not saved yet.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -412,7 +411,7 @@ def train(args):
 def save(args, state, parts):
     """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole. NaN ends the run."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
-        sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
+        sys.exit(f"step {state['step']} is not finite: lower --lr and --resume, or start anew")
     flags = {f: value for f, value in vars(args).items() if f not in [*NOT_SAVED, "checkpoint"]}
     path = Path(args.out, "checkpoint.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -432,9 +431,9 @@ def finish_epoch(args, state, ema, test):
     row = {"epoch": len(state["rows"]) + 1, "seconds": state["seconds"]}
     row["train loss"] = torch.stack(state["losses"]).median().item()  # a rare one is huge
     row["test loss"] = torch.cat(losses).mean().item()
-    # CD's chains should have the energy of test images with p's noise, about 0.8 on CIFAR-10.
+    # CD's chains should have the energy of test images with p's noise, here about 0.8, not 1/2.
     row["E data"] = nats_per_dim(ema, x + SIGMA_MIN * torch.randn_like(x)).mean().item()
-    cd = state["cd"]  # chains just restarted from noise have huge energies
+    cd = state["cd"]  # median, as restarts from noise have huge energies
     row["E samples"] = nats_per_dim(ema, cd["chains"]).median().item() if cd else None
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None))
     rows = [*state["rows"], row]
@@ -532,6 +531,9 @@ def parse(argv=None):
     """The flags; those not given are as in the checkpoint in --out, or as --small wants."""
     parser = make_parser()
     args = parser.parse_args(argv)  # for --out and --small, which decide the defaults
+    numbers = [args.epochs, args.batch_size, args.lr, args.sample_every, args.generate]
+    if any(number is not None and number <= 0 for number in numbers):
+        sys.exit("--epochs, --batch-size, --lr, --sample-every and --generate must be above 0")
     parser.set_defaults(**(SMALL if args.small else {}))
     path = Path(args.out, "checkpoint.pt")
     if args.resume or args.generate or args.evaluate:
@@ -546,8 +548,6 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0 or args.generate == 0:
-        sys.exit("--epochs, --batch-size, --lr, --sample-every and --generate must be above 0")
     return args
 
 

@@ -1,17 +1,17 @@
 """NCSN, a noise conditional score network (a diffusion model), for images.
 
     python ncsn.py --epochs 50                           train on CIFAR-10, results in runs/ncsn
-    python ncsn.py --small --data shapes --out runs/s    the same on a CPU, in minutes
+    python ncsn.py --small --data shapes --out shapes    the same on a CPU, in minutes
     python ncsn.py --generate 1000 --guidance 1.8        draw samples with the trained weights
     python ncsn.py --evaluate                            loss by noise level, bits/dim
 
-The score of a density p is grad_x log p(x), the direction in which p grows fastest. It is enough to
-draw samples: Langevin dynamics takes small steps along the score and adds a little noise. But
+The score of a density p is grad_x log p(x), the direction in which p grows fastest. With it alone
+one can draw samples: Langevin dynamics takes small steps along the score, with a little noise. But
 most of pixel space has no images to learn the score from. Song & Ermon (2019, arXiv:1907.05600;
 2020, arXiv:2006.09011) add Gaussian noise of many levels sigma, learn the scores of all the noisy
 densities with one network, conditioned on sigma, and follow them while sigma falls to nearly 0.
 
-    x, z   clean images, (B, C, H, W), pixels in [-1, 1]; standard normal noise, shaped like x
+    x      clean images, (B, C, H, W), pixels in [-1, 1];  z: standard normal noise of that shape
     sigma  noise level, the standard deviation of the noise: a number, or (B,)
     y      noisy images, y = x + sigma z; their density is p_sigma
     D      the denoiser, a network: D(y, sigma) estimates x
@@ -60,14 +60,14 @@ def quantise(x):
     return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 
 
-SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s noise; NCSN has 0.02
+SIGMA_MIN = 2 / 256 / math.sqrt(12)  # 0.0023, the std of dequantise()'s noise; NCSN: 0.02
 
 
 def measure(images):
     """The arguments of Denoiser that depend on the uint8 images (N, C, H, W).
 
     sigma_data: root mean square of the pixels. sigma_max: the largest distance between two images
-    or |x|: noise that hides which image it was (2020, technique 1) or, sampling, that it was none.
+    or norm of one. Noise of that level hides which image it was (2020, technique 1).
     """
     x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # fewer than 10,000 of all
     sigma_data = x.square().mean().sqrt().item()
@@ -80,8 +80,8 @@ class Denoiser(nn.Module):
 
     EDM's preconditioning scales inputs and targets of a network, unet, to mean square 1:
         D(y, sigma) = c_skip y + c_out unet(c_in y, ln sigma)
-    y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the multiple of y nearest to
-    x; the rest, x - c_skip y, has mean square c_out^2, so that unet's target has mean square 1.
+    y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the best linear estimate of x.
+    The rest, x - c_skip y, has mean square c_out^2, so that unet's target has mean square 1.
     """
 
     def __init__(self, shape, sigma_data, sigma_max, amp=False, **unet):
@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
         self.shape = shape  # (C, H, W)
         self.sigma_data = sigma_data
         self.sigma_max = sigma_max
-        self.amp = amp  # bfloat16 in unet: c_out makes its errors small; c_skip y is float32
+        self.amp = amp  # bfloat16 in unet alone, whose rounding errors c_out scales down
         self.unet = UNet(shape[0], **unet).to(memory_format=torch.channels_last)
 
     def forward(self, y, sigma):
@@ -112,8 +112,8 @@ class Denoiser(nn.Module):
 def sample_sigma(net, x):
     """Stratified noise levels (B,) for images x (B, ...): ln sigma is logistic (EDM: normal).
 
-    Half are 0.28 to 1.3 sigma_data: less noise hides only texture, more leaves little but colours.
-    Ends: SIGMA_MIN, dequantise()'s noise, and sigma_max, the largest distance between images.
+    Half are 0.28 to 1.3 sigma_data, where shapes form: less noise hides only texture, more hides
+    all but colours. The ends are SIGMA_MIN, dequantise()'s noise, and sigma_max, by measure().
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))
@@ -123,7 +123,7 @@ def sample_sigma(net, x):
 def denoising_loss(net, x, sigma):
     """|D(x + sigma z, sigma) - x|^2 / c_out^2, the mean over pixels, (B,), for x (B, C, H, W).
 
-    This is unet's squared error, 1 before training: targets have mean square 1, and outputs are 0.
+    This is unet's squared error: 1 on average before training, as outputs are 0, targets about 1.
     """
     y = x + sigma.view(-1, 1, 1, 1) * torch.randn_like(x)
     weight = 1 / sigma**2 + 1 / net.sigma_data**2  # = 1 / c_out^2
@@ -139,18 +139,17 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
 
     The ODE is dy/dsigma = -sigma score(y, sigma) = (y - D) / sigma. If y has density p_sigma at the
     start, its density is p_sigma at every smaller sigma, too (Song et al. 2021, arXiv:2011.13456).
-    Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D, a step of DDIM, would be exact. D
-    changes: D', extrapolated in ln sigma from the last two levels to mid-step, takes its place:
-        D' = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
-    Calls: `count`. Errors fall as 1 / count^2: for Gaussian data of std 0.1 to 2, 12 calls give
-    samples whose std is 10 to 14 % too large.
+    Were D constant from s down to t, y <- (t/s) y + (1 - t/s) D, a step of DDIM, would be exact. As
+    it changes, take D at mid-step instead, by a line through the last two D over ln sigma:
+        D_mid = D + (D - D_before) / (2 r),      r = ln(s_before / s) / ln(s / t)
+    Errors fall as 1 / count^2. 12 calls, for speed, make the std of Gaussian data 10 to 14 % large.
     """
     ends = sigma_max ** (1 / rho), SIGMA_MIN ** (1 / rho)  # EDM, equation 5: dense at the small end
     levels = (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
     y = D_before = sigma_max * z  # the first D_before does not matter
     for s_before, s, t in zip([math.inf, *levels], levels, levels[1:], strict=False):
         D = y + s**2 * score(y, s)
-        r = math.log(s_before / s) / math.log(s / t)  # infinite at first: D' = D, a DDIM step
+        r = math.log(s_before / s) / math.log(s / t)  # infinite at first: D_mid = D
         y = (t / s) * y + (1 - t / s) * (D + (D - D_before) / (2 * r))
         D_before = D
     return y + SIGMA_MIN**2 * score(y, SIGMA_MIN)
@@ -158,15 +157,16 @@ def dpm_solver(score, z, sigma_max, count=12, rho=7):
 
 @torch.no_grad()
 def langevin(score, z, sigma_max):
-    """Annealed Langevin dynamics (NCSN): y <- y + h sigma^2 score + noise, n steps at each level.
+    """Annealed Langevin dynamics (NCSN), n steps at each of `count` levels.
 
+        y <- y + h sigma^2 score(y, sigma) + sqrt(h (2 - h)) sigma z        (papers: sqrt(2 h))
+    Noise: where y is mostly noise, score = -y / sigma^2, and the first two terms are (1 - h) y. The
+    variance of y stays sigma^2, as (1 - h)^2 + h (2 - h) = 1.
     Levels (2020, technique 2): |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2), dim = C H W.
-    Levels overlap if these means differ by 3 sigma / sqrt(2): from level to level sigma falls by
+    Neighbours overlap if their means are three standard deviations apart. So sigma falls by
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
-    Noise has variance h (2 - h) sigma^2, in the papers 2 h sigma^2. Where y is mostly noise,
-    score = -y / sigma^2, and y keeps variance sigma^2, as (1 - h)^2 + h (2 - h) = 1.
-    As sigma falls, variances lag, too large by a fraction ln(gamma) / (n h). Where noise is small
-    beside images, h makes them a fraction h / 2 too small: h^2 = 2 ln(gamma) / n cancels both.
+    Step size: as sigma falls, y's variance is ln(gamma) / (n h) of itself too large. If noise
+    is small beside images, h makes it h / 2 too small. For h^2 = 2 ln(gamma) / n both cancel.
     """
     root = math.sqrt(2 * z[0].numel())
     ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any gamma does
@@ -189,7 +189,7 @@ def autoguided(score, guide_score, guidance):
 def ideal_score(images):
     """The score that minimises the loss for uint8 images (N, C, H, W); sigma is a number.
 
-    E[x | y] is their mean with the weights softmax(-|y - x_i|^2 / (2 sigma^2)). Its samples are
+    E[x | y] is their mean with the weights softmax(-|y - x_i|^2 / (2 sigma^2)), and samples are
     copies of them: a network draws new images because it falls short of this minimum.
     """
     x = ((images + 0.5) / 128 - 1).flatten(1)
@@ -222,7 +222,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))  # adaptive group norm
-        return (self.skip(x) + h) / math.sqrt(2)  # does not grow with depth
+        return (self.skip(x) + h) / math.sqrt(2)  # else it would grow with depth
 
 
 class UNet(nn.Module):
@@ -234,7 +234,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels=3, width=128, mults=(1, 2, 2), blocks=3):
         super().__init__()
-        # Sines and cosines of ln sigma, from about -6 to 5, where the slowest is nearly linear.
+        # Sines and cosines of ln sigma, which is in [-6, 5]: there the slowest is nearly linear.
         self.register_buffer("frequencies", torch.logspace(-1.5, 0.5, width // 2))
         E = 4 * width  # size of the embedding of sigma
         self.embed = nn.Sequential(nn.Linear(width, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
@@ -368,7 +368,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    After Ctrl-C, a kill or NaN (save() looks) the last save remains, at most ten minutes old.
+    Ctrl-C, a kill or NaN, which save() finds, cost at most ten minutes: what is not saved yet.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -421,7 +421,7 @@ def train(args):
 def save(args, state, parts):
     """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole. NaN ends the run."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
-        sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
+        sys.exit(f"step {state['step']} is not finite: lower --lr and --resume, or start anew")
     flags = {f: value for f, value in vars(args).items() if f not in [*NOT_SAVED, "checkpoint"]}
     path = Path(args.out, "checkpoint.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -468,15 +468,14 @@ def bits_per_dim(x, sigmas, errors):
 
     errors (N, L) are mean((D - x)^2) at the noise levels sigmas (L,), from s up to S. The bound is
     -ELBO with noisy images as latent variables (Kingma et al. 2021, arXiv:2107.00630), in nats:
-        reconstruction    ln(2 pi e s^2) / 2, the entropy of s z
+        reconstruction    ln(2 pi e s^2) / 2, of a decoder N(y, s^2): the entropy of s z
         prior             mean(x^2) / (2 S^2), KL of x + S z from S z
         diffusion         integral of mean((D - x)^2) / sigma^2 d ln sigma: infinitely many KLs
-    A density p of bins 2^-7 wide bounds P(bytes): -log2 P <= 7 - E log2 p.
     """
     reconstruction = math.log(2 * math.pi * math.e * sigmas[0] ** 2) / 2
     prior = x.square().mean((1, 2, 3)) / (2 * sigmas[-1] ** 2)
     diffusion = torch.trapezoid(errors / sigmas**2, sigmas.log())
-    return 7 + (reconstruction + prior + diffusion) / math.log(2)
+    return 7 + (reconstruction + prior + diffusion) / math.log(2)  # 7, as bins are 2^-7 wide
 
 
 @torch.no_grad()
@@ -548,6 +547,9 @@ def parse(argv=None):
     """The flags; those not given are as in the checkpoint in --out, or as --small wants."""
     parser = make_parser()
     args = parser.parse_args(argv)  # for --out and --small, which decide the defaults
+    numbers = [args.epochs, args.batch_size, args.lr, args.sample_every, args.generate]
+    if any(number is not None and number <= 0 for number in numbers):
+        sys.exit("--epochs, --batch-size, --lr, --sample-every and --generate must be above 0")
     parser.set_defaults(**(SMALL if args.small else {}))
     path = Path(args.out, "checkpoint.pt")
     if args.resume or args.generate or args.evaluate:
@@ -562,8 +564,6 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0 or args.generate == 0:
-        sys.exit("--epochs, --batch-size, --lr, --sample-every and --generate must be above 0")
     return args
 
 

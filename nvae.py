@@ -1,7 +1,7 @@
 """NVAE, a deep hierarchical variational autoencoder for images.
 
     python nvae.py --epochs 50                          train on CIFAR-10, results in runs/nvae
-    python nvae.py --small --data shapes --out runs/s   the same on a CPU, in minutes
+    python nvae.py --small --data shapes --out shapes   the same on a CPU, in minutes
     python nvae.py --generate 1000                      draw samples with the trained weights
     python nvae.py --evaluate                           bits/dim, KL of each group, two pictures
 
@@ -12,7 +12,8 @@ encoder network learns an approximate one, q(z|x). Both networks maximise a lowe
 NVAE (Vahdat & Kautz 2020, arXiv:2007.03898) splits z into groups z_1 ... z_G, feature maps from
 coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on those before it:
     p(z) = prod_i p(z_i | z_<i)        q(z|x) = prod_i q(z_i | z_<i, x)
-`--groups 2 1`: two groups at 1/2 of the resolution, one at 1/4. Feature 1 is the encoder's last:
+so KL(q || p) = sum_i E_q[KL_i], with KL_i = KL(q(z_i | z_<i, x) || p(z_i | z_<i)).
+`--groups 2 1`, from fine to coarse: groups 3 and 2 at 1/2 of the resolution, group 1 at 1/4:
 
               encoder (bottom-up)                      decoder (top-down)
     32x32     x -> cells                                     cells -> parameters of p(x|z)
@@ -23,10 +24,11 @@ coarse to fine, (B, 20, H_i, W_i). Each is a diagonal normal, conditioned on tho
                     v                                          ^
      8x8          cells ------------ feature 1 ------> group 1: h = a learned constant, add z_1
 
-Training draws z_i from q, given the decoder's state h and the feature; sampling from p, given h.
+Sampling draws z_i from p, a function of the decoder's state h; training draws it from q, whose mu
+and ln sigma are p's plus an output of the network, given h and the feature: 0 means KL_i = 0.
     loss = -log p(x|z) + beta sum_i gamma_i KL_i + lambda sum_l s_l        in nats per image
-beta rises from 0 to 1 over the first 5 % of the run (KL annealing); gamma_i balances groups until
-then, and is 1 later (kl_loss). s_l: largest singular value of convolution l's weights (Spectral).
+beta rises from 0 to 1 over the first 5 % of the run (KL annealing). Until then gamma_i balances
+groups; then it is 1 (kl_loss). s_l: largest singular value of convolution l's weights (Spectral).
 
 Differences from NVAE: p(z_1) is learned, not N(0, I); z_i is added to h, not concatenated; residual
 branches are scaled by 0.3, not 0.1; decoder cells are not depthwise, but see --depthwise; there is
@@ -81,7 +83,7 @@ class DMOL:
     x = v / 127.5 - 1 has the probability of its bin, 2/255 wide. With the sigmoid S it is
         P(v) = S(a) - S(b),      a = (x + 1/255 - m) / s,      b = (x - 1/255 - m) / s
     Far from m both are nearly equal, and rounding spoils the difference. As 1 / S(a) = 1 + exp(-a)
-    and S(b) exp(-b) = S(-b), it is a product, whose logarithm is accurate everywhere:
+    and S(b) exp(-b) = S(-b), P(v) is this product, whose logarithm is accurate everywhere:
         S(a) S(b) (1/S(b) - 1/S(a)) = S(a) S(b) (exp(-b) - exp(-a)) = S(a) S(-b) (1 - exp(b - a))
     Byte 0 has no lower end, P = S(a), and 255 no upper end, P = S(-b): the 256 P(v) sum to 1.
     """
@@ -115,7 +117,7 @@ class DMOL:
         return log_component.logsumexp(1).sum((1, 2))
 
     def sample(self, temperature=1.0):
-        """uint8 images (B, C, H, W). The temperature multiplies s, divides logits; exact at 1."""
+        """uint8 images (B, C, H, W). The temperature multiplies s, divides logits; p's own is 1."""
         weights = Categorical(logits=self.logits.movedim(1, -1) / max(temperature, 1e-9))
         component = weights.sample()[:, None, None]  # (B, 1, 1, H, W)
         u = torch.rand_like(self.means).clamp(1e-5, 1 - 1e-5)
@@ -131,10 +133,8 @@ class DMOL:
 
 
 def soft_clamped_normal(parameters):
-    """mu and ln sigma, (B, 2 n, H, W) -> normal of (B, n, H, W), |mu| < 5, .016 < sigma < 7.4.
-
-    Without bounds the KL may explode. With NVAE's tanh alone (sigma < 149) it did, rarely.
-    """
+    """mu and ln sigma, (B, 2 n, H, W) -> normal of (B, n, H, W), |mu| < 5, .016 < sigma < 7.4."""
+    # Without bounds the KL may explode. With NVAE's tanh alone, sigma < 149, it rarely did.
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return Normal(mu, log_sigma.clamp(max=2).exp() + 0.01, validate_args=False)
 
@@ -207,7 +207,7 @@ class NVAE(nn.Module):
     """Encoder and decoder for images (C, H, W), with H and W multiples of 2^len(groups).
 
     Level i = 0, 1 ... has 1 / 2^i of the resolution, width * mults[i] channels (the last of mults
-    repeats) and, if i > 0, groups[i - 1] groups, each after a cell (the decoder's first: none).
+    repeats) and, if i > 0, groups[i - 1] groups; a cell precedes each but the decoder's first.
     """
 
     def __init__(self, shape, width=64, mults=(1, 2, 2), groups=(12, 8), depthwise=False):
@@ -302,13 +302,12 @@ def iw_bound(net, x, K):
 def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G).
 
-    Early on, groups may collapse: q = p, z says nothing. KL annealing counters that: beta, which
-    rises linearly to 1 over 5 % of the run, makes all KL cheap. KL balancing (appendix A) makes it
-    cheapest in groups that have little: gamma_i is KL_i / alpha_i, divided by its mean over groups,
-    without gradient; alpha_i = pixels of the level / groups of the level. Both end together.
+    Against posterior collapse, groups with q = p, KL annealing starts with a small beta, and KL
+    balancing (appendix A) weighs groups of little KL least. Both end when beta is 1:
+        gamma_i = r_i / mean(r),  r_i = KL_i / alpha_i,  alpha_i = pixels / groups of the level
     """
     beta = torch.as_tensor(beta, device=kl.device)
-    gamma = (kl.detach().mean(0) + 0.01) / alpha  # 0.01, as a KL may be 0
+    gamma = (kl.detach().mean(0) + 0.01) / alpha  # r; 0.01, as a KL may be 0
     gamma = torch.where(beta < 1, gamma / gamma.mean(), 1.0)
     return beta * (gamma * kl.mean(0)).sum()
 
@@ -358,8 +357,7 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     regulariser = spectral()
     net.zero_grad()
     (nll + kl_loss(kl, beta, net.alpha) + regulariser).backward()
-    # Norms are 10 to 40 a dimension. A rare one, such as 500, would dominate the momentum for long.
-    # Clipping usual ones costs little: the size of Muon's steps does not depend on the gradient's.
+    # Gradient norms are 10 to 40 per dimension; a rare 500 would dominate the momentum for long.
     nn.utils.clip_grad_norm_(net.parameters(), 30 * images[0].numel())
     # Muon's steps do not shrink near a minimum: without decay weights grew, and the KL exploded.
     torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.01 * lr)
@@ -448,7 +446,7 @@ def can_compile(device):
 class RecordedStep:
     """step(batch, *numbers) on CUDA: the fourth call is captured as a CUDA graph, then replayed.
 
-    A graph launches a step's thousand kernels at once, on the same memory: results are overwritten.
+    A graph launches a step's thousand kernels at once, on the same memory: calls overwrite results.
     """
 
     def __init__(self, step):
@@ -480,7 +478,7 @@ class RecordedStep:
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    After Ctrl-C, a kill or NaN (save() looks) the last save remains, at most ten minutes old.
+    Ctrl-C, a kill or NaN, which save() finds, cost at most ten minutes: what is not saved yet.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -539,7 +537,7 @@ def train(args):
 def save(args, state, parts):
     """Write checkpoint.tmp, then rename it: a kill leaves checkpoint.pt whole. NaN ends the run."""
     if not nn.utils.get_total_norm([*parts["net"].parameters(), *state["losses"]]).isfinite():
-        sys.exit(f"step {state['step']} is not finite and not saved: --resume with a lower --lr")
+        sys.exit(f"step {state['step']} is not finite: lower --lr and --resume, or start anew")
     flags = {f: value for f, value in vars(args).items() if f not in [*NOT_SAVED, "checkpoint"]}
     path = Path(args.out, "checkpoint.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -574,7 +572,7 @@ def finish_epoch(args, state, ema, test):
 
 
 def sample(args, net, count, shared=0):
-    """`count` uint8 images, from p if both temperatures are 1; a batch shares z_1 ... z_shared."""
+    """`count` uint8 images, p's own if both temperatures are 1; a batch shares z_1 ... z_shared."""
     torch.manual_seed(args.seed)
     size = min(count, max(8, args.batch_size))
     draws = (net.generate(size, args.temperature, shared) for _ in range(0, count, size))
@@ -583,7 +581,7 @@ def sample(args, net, count, shared=0):
 
 @torch.no_grad()
 def evaluate(args, net):
-    """--evaluate: -log p(x) <= minus IW bound <= minus ELBO in bits/dim, on average; pictures."""
+    """--evaluate: minus ELBO and minus IW bound, at least -log p(x), in bits/dim; two pictures."""
     from common import load, save_grid
 
     torch.backends.cudnn.allow_tf32 = False  # too coarse for a likelihood
@@ -654,6 +652,9 @@ def parse(argv=None):
     """The flags; those not given are as in the checkpoint in --out, or as --small wants."""
     parser = make_parser()
     args = parser.parse_args(argv)  # for --out and --small, which decide the defaults
+    numbers = [args.epochs, args.batch_size, args.lr, args.sample_every, args.generate]
+    if any(number is not None and number <= 0 for number in numbers):
+        sys.exit("--epochs, --batch-size, --lr, --sample-every and --generate must be above 0")
     parser.set_defaults(**(SMALL if args.small else {}))
     path = Path(args.out, "checkpoint.pt")
     if args.resume or args.generate or args.evaluate:
@@ -668,8 +669,6 @@ def parse(argv=None):
     for flag in FIXED if args.resume else ():
         if getattr(args, flag) != checkpoint["args"][flag]:
             sys.exit(f"{path} is of a run with another --{flag.replace('_', '-')}: leave that out")
-    if min(args.epochs, args.batch_size, args.lr, args.sample_every) <= 0 or args.generate == 0:
-        sys.exit("--epochs, --batch-size, --lr, --sample-every and --generate must be above 0")
     return args
 
 

@@ -3,7 +3,6 @@
 import ast
 import importlib
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -103,16 +102,9 @@ def test_the_tests_stay_short():
 
 
 @every_script
-def test_help_is_quick_and_says_what_each_flag_is(name):
-    def seconds():  # of the processor, as the machine may be busy
-        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-    before = seconds()
+def test_help_imports_torch_alone_and_says_what_each_flag_is(name):
     command = [sys.executable, "-X", "importtime", str(ROOT / f"{name}.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True)
-    middle = seconds()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    assert middle - before < 1.5 * (seconds() - middle)  # meant: 1.2, and noise
     assert result.returncode == 0
     imported = set(re.findall(r"\| +([\w.]+)$", result.stderr, re.M))
     assert "torch" in imported and not imported & {"matplotlib", "PIL", "torchvision", "common"}

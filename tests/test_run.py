@@ -375,8 +375,8 @@ def test_flags_that_must_not_change_are_refused(run, trained):
 
 
 def test_values_that_would_do_nothing_are_refused(run):
-    for flag in "--epochs 0", "--batch-size 0", "--lr -1", "--sample-every 0", "--generate 0":
-        assert "must be above 0" in run.one_line(f"{run.tiny} {flag}")
+    for flag in "epochs 0", "batch-size 0", "lr -1", "sample-every 0", "generate 0", "generate -1":
+        assert "must be above 0" in run.one_line(f"{run.tiny} --{flag}")
 
 
 def test_a_checkpoint_of_another_script_is_refused(run, trained):
