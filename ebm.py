@@ -360,7 +360,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    Ctrl-C, a kill or NaN, which save() finds, cost at most ten minutes: what is not saved yet.
+    Ctrl-C, a kill or NaN, which save() finds, leave the last save: at most ten minutes are lost.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -575,6 +575,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on from the last save, if there is one")
+        sys.exit("interrupted: --resume goes on with training from the last save, if any")
     except (AssertionError, ImportError, OSError, RuntimeError) as error:  # such as a full disk
         sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])

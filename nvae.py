@@ -24,8 +24,8 @@ so KL(q || p) = sum_i E_q[KL_i], with KL_i = KL(q(z_i | z_<i, x) || p(z_i | z_<i
                     v                                          ^
      8x8          cells ------------ feature 1 ------> group 1: h = a learned constant, add z_1
 
-Sampling draws z_i from p, a function of the decoder's state h; training draws it from q, whose mu
-and ln sigma are p's plus an output of the network, given h and the feature: 0 means KL_i = 0.
+Sampling draws z_i from p, whose mu and ln sigma the decoder computes from its state h; training
+from q: the same mu and ln sigma plus offsets, from h and the feature. Offsets of 0 give KL_i = 0.
     loss = -log p(x|z) + beta sum_i gamma_i KL_i + lambda sum_l s_l        in nats per image
 beta rises from 0 to 1 over the first 5 % of the run (KL annealing). Until then gamma_i balances
 groups; then it is 1 (kl_loss). s_l: largest singular value of convolution l's weights (Spectral).
@@ -83,7 +83,7 @@ class DMOL:
     x = v / 127.5 - 1 has the probability of its bin, 2/255 wide. With the sigmoid S it is
         P(v) = S(a) - S(b),      a = (x + 1/255 - m) / s,      b = (x - 1/255 - m) / s
     Far from m both are nearly equal, and rounding spoils the difference. As 1 / S(a) = 1 + exp(-a)
-    and S(b) exp(-b) = S(-b), P(v) is this product, whose logarithm is accurate everywhere:
+    and S(b) exp(-b) = S(-b), P(v) equals a product whose logarithm is accurate everywhere:
         S(a) S(b) (1/S(b) - 1/S(a)) = S(a) S(b) (exp(-b) - exp(-a)) = S(a) S(-b) (1 - exp(b - a))
     Byte 0 has no lower end, P = S(a), and 255 no upper end, P = S(-b): the 256 P(v) sum to 1.
     """
@@ -117,7 +117,7 @@ class DMOL:
         return log_component.logsumexp(1).sum((1, 2))
 
     def sample(self, temperature=1.0):
-        """uint8 images (B, C, H, W). The temperature multiplies s, divides logits; p's own is 1."""
+        """uint8 images (B, C, H, W). The temperature multiplies s, divides logits: 1 is p(x|z)."""
         weights = Categorical(logits=self.logits.movedim(1, -1) / max(temperature, 1e-9))
         component = weights.sample()[:, None, None]  # (B, 1, 1, H, W)
         u = torch.rand_like(self.means).clamp(1e-5, 1 - 1e-5)
@@ -134,7 +134,7 @@ class DMOL:
 
 def soft_clamped_normal(parameters):
     """mu and ln sigma, (B, 2 n, H, W) -> normal of (B, n, H, W), |mu| < 5, .016 < sigma < 7.4."""
-    # Without bounds the KL may explode. With NVAE's tanh alone, sigma < 149, it rarely did.
+    # Without bounds the KL may explode; with NVAE's tanh alone, sigma < 149, it still did at times.
     mu, log_sigma = (5 * torch.tanh(part / 5) for part in parameters.chunk(2, dim=1))
     return Normal(mu, log_sigma.clamp(max=2).exp() + 0.01, validate_args=False)
 
@@ -207,7 +207,8 @@ class NVAE(nn.Module):
     """Encoder and decoder for images (C, H, W), with H and W multiples of 2^len(groups).
 
     Level i = 0, 1 ... has 1 / 2^i of the resolution, width * mults[i] channels (the last of mults
-    repeats) and, if i > 0, groups[i - 1] groups; a cell precedes each but the decoder's first.
+    repeats) and, if i > 0, groups[i - 1] groups. With `--groups 2 1` the encoder's stages are
+    [cell, down, cell], [cell], [down, cell]; the decoder's [], [up, cell], [cell] and [up, cell].
     """
 
     def __init__(self, shape, width=64, mults=(1, 2, 2), groups=(12, 8), depthwise=False):
@@ -302,8 +303,8 @@ def iw_bound(net, x, K):
 def kl_loss(kl, beta, alpha):
     """beta sum_i gamma_i KL_i, with KL_i the mean over images of kl (B, G).
 
-    Against posterior collapse, groups with q = p, KL annealing starts with a small beta, and KL
-    balancing (appendix A) weighs groups of little KL least. Both end when beta is 1:
+    In posterior collapse groups end with q = p. Against it KL annealing starts with a small beta,
+    and KL balancing (appendix A) weighs groups of little KL least. Both end when beta is 1.
         gamma_i = r_i / mean(r),  r_i = KL_i / alpha_i,  alpha_i = pixels / groups of the level
     """
     beta = torch.as_tensor(beta, device=kl.device)
@@ -316,8 +317,8 @@ class Spectral(nn.Module):
     """lambda sum_l s_l, s_l = u^T W v: the largest singular value of convolution l (section 3.2).
 
     s_l bounds how much layer l amplifies a change of a patch; if all amplify, the KL of an outlier
-    explodes. W is a convolution as a matrix (C_out, C_in k k). It changes little in a step: one
-    power iteration from the last u, which is saved, is enough: v = W^T u, u = W v, both normalised.
+    explodes. W is a convolution as a matrix (C_out, C_in k k). As W changes little in a step, one
+    power iteration from the last u, a buffer, is enough: v = W^T u, u = W v, both normalised.
     """
 
     def __init__(self, net, weight=1e-2):
@@ -357,7 +358,7 @@ def training_step(net, spectral, optimizers, images, lr, beta=1.0, amp=False):
     regulariser = spectral()
     net.zero_grad()
     (nll + kl_loss(kl, beta, net.alpha) + regulariser).backward()
-    # Gradient norms are 10 to 40 per dimension; a rare 500 would dominate the momentum for long.
+    # Usual norms are 10 to 40 per dimension; a rare 500 would dominate Muon's momentum for long.
     nn.utils.clip_grad_norm_(net.parameters(), 30 * images[0].numel())
     # Muon's steps do not shrink near a minimum: without decay weights grew, and the KL exploded.
     torch._foreach_mul_([w.data for w in optimizers[0].param_groups[0]["params"]], 1 - 0.01 * lr)
@@ -446,7 +447,7 @@ def can_compile(device):
 class RecordedStep:
     """step(batch, *numbers) on CUDA: the fourth call is captured as a CUDA graph, then replayed.
 
-    A graph launches a step's thousand kernels at once, on the same memory: calls overwrite results.
+    A replay launches a step's thousand kernels at once. It overwrites the results of the last call.
     """
 
     def __init__(self, step):
@@ -478,7 +479,7 @@ class RecordedStep:
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    Ctrl-C, a kill or NaN, which save() finds, cost at most ten minutes: what is not saved yet.
+    Ctrl-C, a kill or NaN, which save() finds, leave the last save: at most ten minutes are lost.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -572,7 +573,7 @@ def finish_epoch(args, state, ema, test):
 
 
 def sample(args, net, count, shared=0):
-    """`count` uint8 images, p's own if both temperatures are 1; a batch shares z_1 ... z_shared."""
+    """`count` uint8 images, of the model if both temperatures are 1; z_1 ... z_shared in common."""
     torch.manual_seed(args.seed)
     size = min(count, max(8, args.batch_size))
     draws = (net.generate(size, args.temperature, shared) for _ in range(0, count, size))
@@ -581,7 +582,7 @@ def sample(args, net, count, shared=0):
 
 @torch.no_grad()
 def evaluate(args, net):
-    """--evaluate: minus ELBO and minus IW bound, at least -log p(x), in bits/dim; two pictures."""
+    """--evaluate: minus ELBO, minus IW bound (both >= -log p(x)) in bits/dim; two pictures."""
     from common import load, save_grid
 
     torch.backends.cudnn.allow_tf32 = False  # too coarse for a likelihood
@@ -694,6 +695,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on from the last save, if there is one")
+        sys.exit("interrupted: --resume goes on with training from the last save, if any")
     except (AssertionError, ImportError, OSError, RuntimeError) as error:  # such as a full disk
         sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])

@@ -323,7 +323,7 @@ def test_ctrl_c_ends_in_one_line(run, data):
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             error = process.communicate(timeout=30)[1].decode()
-    ending = "interrupted: --resume goes on from the last save, if there is one\n"
+    ending = "interrupted: --resume goes on with training from the last save, if any\n"
     assert (process.returncode, error.split("KeyboardInterrupt: \n")[-1]) == (1, ending)
 
 
