@@ -189,7 +189,7 @@ class EnergyNet(nn.Module):
     preconditioning the U-Net has inputs and targets of mean square about 1:
         r = y - (c_skip y + c_out unet(c_in y, ln sigma))
     y has mean square sigma^2 + SIGMA_DATA^2, with sigma estimated from y: hence c_in. c_skip y is
-    the best linear estimate of x; its error has mean square c_out^2. There are `blocks` blocks of
+    the multiple of y nearest to x; its error has mean square c_out^2. There are `blocks` blocks of
     width * mults[i] channels at resolution i, down and up; H, W: multiples of 2^(len(mults) - 1).
     """
 
@@ -360,7 +360,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    Ctrl-C, a kill or NaN, which save() finds, leave the last save: at most ten minutes are lost.
+    Ctrl-C, a kill or NaN, which save() finds, leave checkpoint.pt: at most ten minutes are lost.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm

@@ -67,7 +67,7 @@ def measure(images):
     """The arguments of Denoiser that depend on the uint8 images (N, C, H, W).
 
     sigma_data: root mean square of the pixels. sigma_max: the largest distance between two images
-    or norm of one. Noise of that level hides which image it was (2020, technique 1).
+    or the largest norm, if larger. Such noise hides which image it was (2020, technique 1).
     """
     x = dequantise(images[:: max(1, len(images) // 5000)]).flatten(1)  # fewer than 10,000 of all
     sigma_data = x.square().mean().sqrt().item()
@@ -80,8 +80,8 @@ class Denoiser(nn.Module):
 
     EDM's preconditioning scales inputs and targets of a network, unet, to mean square 1:
         D(y, sigma) = c_skip y + c_out unet(c_in y, ln sigma)
-    y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the best linear estimate of x.
-    The rest, x - c_skip y, has mean square c_out^2, so that unet's target has mean square 1.
+    y has mean square sigma^2 + sigma_data^2, hence c_in. c_skip y is the multiple of y nearest to
+    x. The rest, x - c_skip y, has mean square c_out^2, so that unet's target has mean square 1.
     """
 
     def __init__(self, shape, sigma_data, sigma_max, amp=False, **unet):
@@ -113,7 +113,7 @@ def sample_sigma(net, x):
     """Stratified noise levels (B,) for images x (B, ...): ln sigma is logistic (EDM: normal).
 
     Half are 0.28 to 1.3 sigma_data, where shapes form: less noise hides only texture, more hides
-    all but colours. The ends are SIGMA_MIN, dequantise()'s noise, and sigma_max, by measure().
+    all but colours. The ends are SIGMA_MIN (dequantise()'s noise) and sigma_max (see measure()).
     """
     u = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
     sigma = 0.6 * net.sigma_data * torch.exp(0.7 * torch.logit(u))
@@ -123,7 +123,7 @@ def sample_sigma(net, x):
 def denoising_loss(net, x, sigma):
     """|D(x + sigma z, sigma) - x|^2 / c_out^2, the mean over pixels, (B,), for x (B, C, H, W).
 
-    This is unet's squared error: 1 on average before training, as outputs are 0, targets about 1.
+    This is unet's squared error: 1 on average before training, as targets have mean square 1.
     """
     y = x + sigma.view(-1, 1, 1, 1) * torch.randn_like(x)
     weight = 1 / sigma**2 + 1 / net.sigma_data**2  # = 1 / c_out^2
@@ -163,10 +163,10 @@ def langevin(score, z, sigma_max):
     Noise: where y is mostly noise, score = -y / sigma^2, and the first two terms are (1 - h) y. The
     variance of y stays sigma^2, as (1 - h)^2 + h (2 - h) = 1.
     Levels (2020, technique 2): |sigma z| is nearly N(sqrt(dim) sigma, sigma^2 / 2), dim = C H W.
-    Neighbours overlap if their means are three standard deviations apart. So sigma falls by
+    Neighbours still overlap with means three standard deviations apart. So sigma falls by
         gamma = sqrt(dim) / (sqrt(dim) - 3 / sqrt(2))      (CIFAR-10: 1.04, 277 levels)
-    Step size: as sigma falls, y's variance is ln(gamma) / (n h) of itself too large. If noise
-    is small beside images, h makes it h / 2 too small. For h^2 = 2 ln(gamma) / n both cancel.
+    Step size: as sigma falls, y lags: its variance is a fraction ln(gamma) / (n h) too large. Where
+    images vary more than noise, h makes it h / 2 too small. h^2 = 2 ln(gamma) / n cancels both.
     """
     root = math.sqrt(2 * z[0].numel())
     ln_gamma = math.log(root / (root - 3) if root > 4.5 else 3)  # in few dimensions any gamma does
@@ -187,7 +187,7 @@ def autoguided(score, guide_score, guidance):
 
 
 def ideal_score(images):
-    """The score that minimises the loss for uint8 images (N, C, H, W); sigma is a number.
+    """The score that minimises the loss on uint8 images (N, C, H, W), taken as middles of bins.
 
     E[x | y] is their mean with the weights softmax(-|y - x_i|^2 / (2 sigma^2)), and samples are
     copies of them: a network draws new images because it falls short of this minimum.
@@ -368,7 +368,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    Ctrl-C, a kill or NaN, which save() finds, leave the last save: at most ten minutes are lost.
+    Ctrl-C, a kill or NaN, which save() finds, leave checkpoint.pt: at most ten minutes are lost.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
@@ -468,7 +468,7 @@ def bits_per_dim(x, sigmas, errors):
 
     errors (N, L) are mean((D - x)^2) at the noise levels sigmas (L,), from s up to S. The bound is
     -ELBO with noisy images as latent variables (Kingma et al. 2021, arXiv:2107.00630), in nats:
-        reconstruction    ln(2 pi e s^2) / 2, of a decoder N(y, s^2): the entropy of s z
+        reconstruction    ln(2 pi e s^2) / 2, mean of -ln N(x; x + s z, s^2), the entropy of s z
         prior             mean(x^2) / (2 S^2), KL of x + S z from S z
         diffusion         integral of mean((D - x)^2) / sigma^2 d ln sigma: infinitely many KLs
     """
