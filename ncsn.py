@@ -368,7 +368,7 @@ def can_compile(device):
 def train(args):
     """Train from scratch or, with --resume, from the last save on; args as from parse().
 
-    Ctrl-C, a kill or NaN, which save() finds, leave checkpoint.pt: at most ten minutes are lost.
+    checkpoint.pt is saved every ten minutes and epoch; Ctrl-C, a kill or NaN leave the last save.
     Each step is seeded by (seed, step), batches by (seed, epoch): on a CPU runs resume bit for bit.
     """
     from tqdm import tqdm
